@@ -1,0 +1,116 @@
+"""The vocabulary shared by every part: what a reward, a search over noise and a step method are, and what they return.
+
+Shapes: images are "b 3 h w" floats in [0, 1], RGB. Noise is "b ..." float32 with unit variance, whatever the family's latent shape.
+A sample is one image to be made; sample i of a batch has its own prompt, noise and seed, and never sees its batch mates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+Images = Float[Tensor, "b 3 h w"]
+Scores = Float[Tensor, " b"]
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """Scores images against prompts; higher is better. `prepare` computes and caches the text side, so that scoring runs images only."""
+
+    name: str
+    differentiable: bool
+
+    def prepare(self, prompts: Sequence[str]) -> None: ...
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Scores: ...
+
+
+@dataclass(frozen=True)
+class RewardScores:
+    """What a mix returns: `total` is what is optimised, `parts` each member's own score, `watched` scores that are only reported."""
+
+    total: Scores
+    parts: Mapping[str, Scores]
+    watched: Mapping[str, Scores] = field(default_factory=dict)
+
+
+class Reward(Protocol):
+    """A mix of reward models, as the methods see it. `differentiable` is False where any optimised member has no gradient."""
+
+    differentiable: bool
+
+    def prepare(self, prompts: Sequence[str]) -> None: ...
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> RewardScores: ...
+
+
+@dataclass(frozen=True)
+class NoiseProblem:
+    """What a NoiseMethod is given.
+
+    noise: where the search starts. seeds: everything random that a method draws for sample i must come from seeds[i].
+    generate(noise, rows): differentiable map from noise "k ..." to images "k 3 h w"; rows[j] says which sample noise[j] belongs to.
+    progress(iteration, scores): called after every evaluation, for bars and live plots; raising in it stops the search.
+    """
+
+    noise: Float[Tensor, "b ..."]
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    generate: Callable[[Float[Tensor, "k ..."], Sequence[int]], Float[Tensor, "k 3 h w"]]
+    progress: Callable[[int, Mapping[str, Sequence[float]]], None] | None = None
+
+
+@dataclass
+class Trace:
+    """What happened, sample by sample. `rewards[name][i]` lists sample i's scores, one per evaluation; "total" is the optimised sum.
+
+    A sample that stopped early has a shorter list. `best[i]` is the index of the evaluation whose image was returned.
+    `diagnostics[name][i]` is likewise one list per sample (noise norm, gradient norm, ...), possibly shorter than the rewards.
+    """
+
+    method: str
+    rewards: dict[str, list[list[float]]]
+    best: list[int]
+    diagnostics: dict[str, list[list[float]]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def sample(self, i: int) -> dict[str, Any]:
+        """Sample i's part as plain JSON data."""
+        return {
+            "method": self.method,
+            "settings": self.settings,
+            "best": self.best[i],
+            "rewards": {name: series[i] for name, series in self.rewards.items()},
+            "diagnostics": {name: series[i] for name, series in self.diagnostics.items()},
+        }
+
+
+@dataclass
+class NoiseResult:
+    """The best image and noise of every sample, the image it started from, and the trace."""
+
+    images: Images
+    noise: Float[Tensor, "b ..."]
+    initial_images: Images
+    trace: Trace
+
+
+class NoiseMethod(Protocol):
+    """An outer loop over whole generations: ReNO, FIND, best-of-N."""
+
+    name: str
+
+    def search(self, problem: NoiseProblem) -> NoiseResult: ...
+
+
+class StepMethod(Protocol):
+    """An inner hook at each denoising step: Adaptive Guidance and its rivals. `attach` undoes everything on exit, also after an error."""
+
+    name: str
+
+    def attach(self, pipeline: Any) -> AbstractContextManager[Any]: ...
