@@ -103,7 +103,7 @@ def evaluate(
     classify_colors: ColorClassifier,
     position_threshold: float = 0.1,
 ) -> Verdict:
-    """Judge one image. `objects` holds the kept detections per class, best first; `classify_colors(class, detections)` names their colours."""
+    """Judge one image. `objects`: kept detections per class, best first; `classify_colors(class, detections)` names their colours."""
     reasons: list[str] = []
     groups: list[Sequence[Detection] | None] = []
     for clause in metadata.get("include", ()):
