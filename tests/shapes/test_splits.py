@@ -1,0 +1,182 @@
+"""What is held out stays out: no training scene or caption shows a held-out combination, every held-out prompt of composition asks for one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+
+from diffalign.benchmarks.geneval_rules import RELATIONS, TASKS
+from diffalign.shapes.captions import draw_scene, long_caption, relations, short_caption
+from diffalign.shapes.prompts import (
+    HELD_OUT_COLORS,
+    HELD_OUT_RELATIONS,
+    SPLITS,
+    color_pairs,
+    metadata,
+    prompts,
+    relation_pairs,
+)
+from diffalign.shapes.scenes import COLORS, SHAPES, Scene
+from tests.shapes.grammar import parse
+
+ALL_COLORS = frozenset().union(*HELD_OUT_COLORS.values())
+ALL_RELATIONS = frozenset().union(*HELD_OUT_RELATIONS.values())
+EVERYTHING = 1_000_000  # more rows than any task has
+
+
+def shown(scene: Scene) -> tuple[set, set]:
+    """The (shape, colour) and (shape, relation) pairs that a scene shows."""
+    colors = {(t.shape, t.color) for t in scene.things}
+    related = {(a.shape, r) for a in scene.things for b in scene.things if a.shape != b.shape for r in relations(a, b)}
+    return colors, related
+
+
+def asked(row: dict) -> tuple[set, set]:
+    """The pairs that a prompt asks for; of a relation, the subject's."""
+    colors = {(c["class"], c["color"]) for c in row["include"] if "color" in c}
+    related = {(c["class"], c["position"][0]) for c in row["include"] if "position" in c}
+    return colors, related
+
+
+# --- scenes and captions ------------------------------------------------------------------------------------------------------
+
+
+def test_training_scenes_and_their_captions_never_show_a_held_out_pair():
+    rng = np.random.default_rng(11)
+    seen_colors, seen_relations = set(), set()
+    for _ in range(2000):
+        scene = draw_scene(rng, "train")
+        colors, related = shown(scene)
+        assert not colors & ALL_COLORS
+        assert not related & ALL_RELATIONS
+        seen_colors |= colors
+        seen_relations |= related
+        caption = parse(short_caption(rng, scene))
+        assert not caption.color_pairs() & ALL_COLORS
+        assert not caption.relation_pairs() & ALL_RELATIONS
+        assert not any(f" {color} {shape} " in f" {long_caption(rng, scene)} " for shape, color in ALL_COLORS)
+    assert seen_colors == set(color_pairs("train"))  # nothing is held out beyond what is declared
+    assert seen_relations == set(relation_pairs("train"))
+
+
+def test_the_training_data_of_the_models_is_drawn_from_training_scenes():
+    data = pytest.importorskip("diffalign.shapes.train.data")
+    drawn = data.draw(200, seed=3)
+    for scene, captions in zip(drawn.scenes, drawn.captions, strict=True):
+        colors, related = shown(scene)
+        assert not colors & ALL_COLORS
+        assert not related & ALL_RELATIONS
+        assert not any(f" {color} {shape} " in f" {text} " for text in captions for shape, color in ALL_COLORS)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_other_scenes_show_every_held_out_pair(split):
+    """So that the test above could fail: without the filter the pairs do turn up."""
+    rng = np.random.default_rng(12)
+    pairs = [shown(draw_scene(rng, split)) for _ in range(2000)]
+    assert set().union(*(colors for colors, _ in pairs)) >= ALL_COLORS
+    assert set().union(*(related for _, related in pairs)) >= ALL_RELATIONS
+
+
+# --- which pair belongs where -------------------------------------------------------------------------------------------------
+
+
+def test_every_pair_belongs_to_exactly_one_split():
+    assert Counter(p for split in SPLITS for p in color_pairs(split)) == Counter(product(SHAPES, COLORS))
+    assert Counter(p for split in SPLITS for p in relation_pairs(split)) == Counter(product(SHAPES, RELATIONS))
+    for split in ("validation", "test"):
+        assert set(color_pairs(split)) == HELD_OUT_COLORS[split]
+        assert set(relation_pairs(split)) == HELD_OUT_RELATIONS[split]
+
+
+def test_every_part_of_a_held_out_pair_is_seen_in_training():
+    """Only the combination is new: each shape, colour and relation occurs in training with others."""
+    for pairs in (color_pairs("train"), relation_pairs("train")):
+        shapes, seconds = {a for a, _ in pairs}, {b for _, b in pairs}
+        assert shapes == set(SHAPES)
+        assert seconds == set(COLORS) or seconds == set(RELATIONS)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_every_held_out_prompt_of_composition_asks_for_a_pair_of_its_own_split(split):
+    (other,) = {"validation", "test"} - {split}
+    for row in metadata(split, per_task=EVERYTHING):
+        colors, related = asked(row)
+        if row["tag"] in ("colors", "color_attr"):
+            assert colors & HELD_OUT_COLORS[split], row
+        elif row["tag"] == "position":
+            assert related <= HELD_OUT_RELATIONS[split], row
+        assert not colors & HELD_OUT_COLORS[other], row
+        assert not related & HELD_OUT_RELATIONS[other], row
+
+
+def test_no_training_prompt_asks_for_a_held_out_pair():
+    for row in metadata("train", per_task=EVERYTHING):
+        said = parse(row["prompt"])
+        assert not said.color_pairs() & ALL_COLORS, row
+        assert not said.relation_pairs() & ALL_RELATIONS, row
+
+
+def test_no_prompt_of_composition_is_in_two_splits():
+    composed = {
+        split: {r["prompt"] for r in metadata(split, per_task=EVERYTHING) if r["tag"] in ("colors", "color_attr", "position")}
+        for split in SPLITS
+    }
+    for a, b in combinations(SPLITS, 2):
+        assert not composed[a] & composed[b]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_rows_are_distinct_and_ordered_by_task(split):
+    rows = metadata(split)
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    tags = [row["tag"] for row in rows]
+    assert tags == sorted(tags, key=TASKS.index)
+    counts = Counter(tags)
+    assert set(counts) == set(TASKS)
+    assert max(counts.values()) <= 60
+
+
+def test_the_test_split_is_large_enough_to_measure_on():
+    counts = Counter(row["tag"] for row in metadata("test"))
+    assert sum(counts.values()) >= 300
+    assert min(counts.values()) >= 30
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others(split):
+    assert metadata(split) == metadata(split)
+    assert metadata(split, seed=44) != metadata(split)
+    assert prompts(split) == [row["prompt"] for row in metadata(split)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_rows_have_genevals_schema_and_say_what_their_prompt_says(split):
+    for row in metadata(split):
+        assert set(row) == {"tag", "include", "prompt"} | ({"exclude"} if row["tag"] == "counting" else set())
+        for clause in row["include"]:
+            assert set(clause) <= {"class", "count", "color", "position"}
+            assert clause["class"] in SHAPES
+        expected = parse(row["prompt"]).metadata()
+        assert {key: row[key] for key in expected} == expected
+        assert ("exclude" in row) == ("exclude" in expected)
+        form = {
+            "single_object": (1, set()),
+            "two_object": (2, set()),
+            "counting": (1, set()),
+            "colors": (1, {"color"}),
+            "position": (2, {"position"}),
+            "color_attr": (2, {"color"}),
+        }[row["tag"]]
+        assert (len(row["include"]), set().union(*row["include"]) - {"class", "count"}) == form
+
+
+def test_an_unknown_split_is_an_error_that_lists_the_splits():
+    with pytest.raises(ValueError, match=r"split must be one of train, validation, test; got 'dev'"):
+        metadata("dev")
