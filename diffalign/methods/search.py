@@ -1,0 +1,77 @@
+"""Best-of-N: draw N noises for each prompt, make every image, keep the one that the reward likes best.
+
+Source: Karthik et al. 2023 (ImageSelect, arXiv 2305.13308); as "random search" in Ma et al. 2025 (arXiv 2501.09732). It needs no gradient,
+hence any reward, and is the baseline at equal evaluations that every method here is measured against.
+
+    eps* = argmax_{k < N} R(G(eps_k, p), p),   eps_0 = the given noise,  eps_k ~ N(0, I)
+
+N -> `evaluations`, R -> `reward`, G -> `problem.generate`, p -> `problem.prompts`, eps -> `problem.noise`.
+
+Difference from ImageSelect's code: candidate k of sample i comes from a generator of its own, seeded with (seeds[i], k), so the result
+depends neither on the batch nor on the order of prompts; and candidate 0 is the given noise, so N = 1 is doing nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+
+from diffalign.diffusion import seeded_noise
+from diffalign.methods.checks import check_integer
+from diffalign.methods.tracking import Tracker
+from diffalign.types import NoiseProblem, NoiseResult, Reward
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfNSettings:
+    """evaluations: N >= 1, candidates of each sample, the given noise included (ImageSelect's demo: 10; equal to ReNO's budget: 50).
+    batch_size: images made at once, >= 1; None makes one candidate of every sample at once. It changes memory and speed only.
+    """
+
+    evaluations: int = 50
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("evaluations", self.evaluations, 1)
+        if self.batch_size is not None:
+            check_integer("batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class BestOfN(BestOfNSettings):
+    """BestOfN(reward, evaluations=50, batch_size=None). The reward may be non-differentiable."""
+
+    name: ClassVar[str] = "best-of-n"
+    reward: Reward
+
+    @torch.no_grad()
+    def search(self, problem: NoiseProblem) -> NoiseResult:
+        """The best of N candidates of every sample. A candidate whose score is not finite is never chosen; a warning names it."""
+        tracker = Tracker(problem)
+        self.reward.prepare(problem.prompts)
+        given = problem.noise.detach().float()
+        b = len(given)
+        pairs = [(k, i) for k in range(self.evaluations) for i in range(b)]
+        size, reported = self.batch_size or b, 0
+        for at in range(0, len(pairs), size):
+            chunk = pairs[at : at + size]
+            rows = [i for _, i in chunk]
+            noise = torch.stack(
+                [given[i] if k == 0 else seeded_noise(given.shape[1:], [problem.seeds[i]], k, given.device)[0] for k, i in chunk]
+            )
+            images = problem.generate(noise, rows)
+            scores = self.reward(images, [problem.prompts[i] for i in rows])
+            totals = tracker.record(rows, noise, images, scores)["total"]
+            for (k, i), total in zip(chunk, totals, strict=True):
+                if not math.isfinite(total):
+                    logger.warning("%s: %s has reward %s at candidate %d, which is left out.", self.name, tracker.describe(i), total, k)
+            while reported < (at + len(chunk)) // b:
+                tracker.report(reported)
+                reported += 1
+        return tracker.result(self.name, {f.name: getattr(self, f.name) for f in fields(BestOfNSettings)})

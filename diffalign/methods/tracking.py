@@ -1,0 +1,104 @@
+"""Bookkeeping of a search over noise: every score of every sample, the best image and noise so far, and the start.
+
+One evaluation costs one transfer to the host, however many rewards and diagnostics there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffalign.types import NoiseProblem, NoiseResult, RewardScores, Trace
+
+
+class Tracker:
+    """What a search has seen. `running[i]` is the best total of sample i after each evaluation, minus infinity before a finite one."""
+
+    def __init__(self, problem: NoiseProblem) -> None:
+        """Raises ValueError where the problem's prompts or seeds are not one per noise."""
+        b = len(problem.noise)
+        for name, given in (("prompts", problem.prompts), ("seeds", problem.seeds)):
+            if isinstance(given, str) or len(given) != b:
+                what = "one string" if isinstance(given, str) else f"{len(given)}"
+                raise ValueError(f"{name} must hold one entry for each of the {b} noises, got {what}.")
+        if b == 0:
+            raise ValueError("noise is an empty batch; give at least one prompt.")
+        self.problem = problem
+        self.noise = problem.noise.detach().float().clone()
+        self.images: Tensor | None = None
+        self.initial_images: Tensor | None = None
+        self.best = [0] * b
+        self.running: list[list[float]] = [[] for _ in range(b)]
+        self.rewards: dict[str, list[list[float]]] = {}
+        self.diagnostics: dict[str, list[list[float]]] = {}
+
+    def record(
+        self,
+        rows: Sequence[int],
+        noise: Float[Tensor, "k ..."],
+        images: Float[Tensor, "k 3 h w"],
+        scores: RewardScores,
+        diagnostics: Mapping[str, Float[Tensor, " k"]] | None = None,
+    ) -> dict[str, list[float]]:
+        """Take in one evaluation of samples `rows` (a sample may appear more than once); returns every column on the host.
+
+        An image replaces the best only where its total is finite and strictly greater: ties go to the earliest.
+        """
+        rewards = {"total": scores.total, **scores.parts, **scores.watched}
+        columns = {**rewards, **(diagnostics or {})}
+        device = scores.total.device
+        table = torch.stack([column.detach().to(device, torch.float32) for column in columns.values()]).tolist()
+        host = dict(zip(columns, table, strict=True))
+        first: dict[int, int] = {}
+        better: dict[int, int] = {}
+        for j, row in enumerate(rows):
+            total, running = host["total"][j], self.running[row]
+            if not running:
+                first[row] = j
+            if math.isfinite(total) and (not running or total > running[-1]):
+                self.best[row] = len(running)
+                better[row] = j
+                running.append(total)
+            else:
+                running.append(running[-1] if running else -math.inf)
+            for name, values in host.items():
+                book = self.rewards if name in rewards else self.diagnostics
+                book.setdefault(name, [[] for _ in self.running])[row].append(values[j])
+        images = images.detach()
+        if self.images is None:
+            self.images = images.new_zeros(len(self.running), *images.shape[1:])
+            self.initial_images = torch.zeros_like(self.images)
+        if first:  # a first image is the best so far even where its score is not finite: something must be returned
+            _copy(first, images, self.initial_images)
+            _copy(first, images, self.images)
+        if better:
+            _copy(better, images, self.images)
+            _copy(better, noise.detach().float(), self.noise)
+        return host
+
+    def report(self, evaluation: int) -> None:
+        """Tell `progress` every sample's scores at this evaluation; a sample that stopped repeats its last."""
+        if self.problem.progress is not None:
+            latest = {name: [s[min(evaluation, len(s) - 1)] for s in series] for name, series in self.rewards.items()}
+            self.problem.progress(evaluation, latest)
+
+    def describe(self, row: int) -> str:
+        """Sample `row` in words, for warnings."""
+        prompt = self.problem.prompts[row]
+        return f"sample {row} (prompt {prompt[:77] + '...' if len(prompt) > 80 else prompt!r}, seed {self.problem.seeds[row]})"
+
+    def result(self, method: str, settings: dict[str, Any]) -> NoiseResult:
+        """The best of every sample; to be asked for after the first `record`."""
+        trace = Trace(method=method, rewards=self.rewards, best=self.best, diagnostics=self.diagnostics, settings=settings)
+        return NoiseResult(images=self.images, noise=self.noise, initial_images=self.initial_images, trace=trace)
+
+
+def _copy(chosen: dict[int, int], source: Tensor, target: Tensor) -> None:
+    """target[row] = source[j] for every row -> j."""
+    rows = torch.tensor(list(chosen), device=target.device)
+    target[rows] = source[torch.tensor(list(chosen.values()), device=source.device)].to(target.device)
