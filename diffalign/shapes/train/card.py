@@ -1,4 +1,4 @@
-"""The card beside a model's weights: how it was made and what it is good for, once for machines (card.json), once for people (README.md)."""
+"""The card beside a model's weights, how it was made and how good it is: card.json for machines, README.md for people."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
@@ -27,8 +26,9 @@ from diffalign.shapes.captions import draw_scene, long_caption, short_caption
 from diffalign.shapes.scenes import COLORS, SHAPES, SIZE, render
 from diffalign.shapes.train import card, loop
 from diffalign.shapes.train import rewards_scenes as worlds
+from diffalign.shapes.train.rewards_convert import save_half
 from diffalign.shapes.train.rewards_images import disturb, ruin
-from diffalign.shapes.train.rewards_report import retrieval
+from diffalign.shapes.train.rewards_report import RETRIEVAL_NOTE, SPLITS, retrieval
 
 CONFIG = loop.LoopConfig(steps=2000, lr=1.2e-3, seed=21, warmup=100, ema_decay=0.995, weight_decay=0.02, save_every=200)
 SCENES = 12_000  # as many twins are drawn beside them
@@ -87,7 +87,7 @@ def _positions(side: int, width: int) -> Float[Tensor, "p width"]:
 
 @dataclass
 class Pool:
-    """Scenes 0..n-1 and their twins n..2n-1, with token ids and encoded claims of their captions (the last true one is long where it fits)."""
+    """Scenes 0..n-1 and their twins n..2n-1; token ids and claims of their captions (the last true one is long where it fits)."""
 
     images: UInt8[Tensor, "m h w 3"]
     tables: worlds.Tables
@@ -242,7 +242,8 @@ def train_clip(
     model.visual.output_tokens = False
     trainee.use_average()
     save_clip(folder, model.eval(), layout, tokenizer)
-    figures = {split: retrieval(clip_scores(model, tokenizer, device), split, config.seed, per_kind) for split in ("train", "validation", "test")}
+    score = clip_scores(model, tokenizer, device)
+    figures = {split: retrieval(score, split, config.seed, per_kind) for split in SPLITS}
     card.write_card(
         folder,
         title="shapes-clip",
@@ -254,9 +255,7 @@ def train_clip(
         device=device,
         notes=[
             "An open_clip CLIP (ViT, 64 px, patch 8) trained from nothing on scenes of the shapes world. Score: 100 x cosine.",
-            "Figures: how often the true caption scores above a wrong one (captions), and how often the right image scores above its twin,"
-            " a scene that differs in one respect (images). Validation and test scenes each hold a colour or relation never seen in training;"
-            " train scenes are new scenes of seen combinations.",
+            RETRIEVAL_NOTE,
         ],
     )
     return folder
@@ -278,6 +277,6 @@ def save_clip(folder: Path, model: open_clip.CLIP, layout: dict, tokenizer: CLIP
     """The folder open_clip loads with `create_model("local-dir:FOLDER")`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    save_file({name: t.detach().cpu().half().contiguous() for name, t in model.state_dict().items()}, folder / "model.safetensors")
+    save_half(model.state_dict(), folder / "model.safetensors")
     text = json.dumps({"model_cfg": layout, "preprocess_cfg": PREPROCESS}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ def disturb(images: Images, generator: torch.Generator) -> Images:
 
 
 def ruin(images: Images, generator: torch.Generator) -> Images:
-    """Each image made unreadable in one of three ways: blocks shuffled, mixed half and half with another one, or drowned in blur and noise."""
+    """Each image made unreadable in one of three ways: blocks shuffled, mixed with another one, or drowned in blur and noise."""
     b, _, side, _ = images.shape
     grid = side // BLOCK
     blocks = images.unflatten(3, (grid, BLOCK)).unflatten(2, (grid, BLOCK)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)

@@ -17,6 +17,12 @@ from diffalign.shapes.train import rewards_scenes as worlds
 from diffalign.shapes.train.card import interval
 
 Score = Callable[[UInt8[Tensor, "b h w 3"], list[str]], Float[Tensor, " b"]]
+SPLITS = ("train", "validation", "test")
+RETRIEVAL_NOTE = (
+    "Figures: how often the true caption scores above a wrong one (captions), and how often the right image scores above its twin, a scene"
+    " that differs in one respect (images). Validation and test scenes each hold a colour or a relation never seen in training; train"
+    " scenes are new scenes of seen combinations."
+)
 EVALUATION_SEED = 1_000_000  # added to the training seed, so that "train" scenes are new ones too
 
 
@@ -78,7 +84,7 @@ def image_cases(rng: np.random.Generator, split: str, kind: str, count: int) -> 
 
 def retrieval(score: Score, split: str, seed: int, per_kind: int) -> dict[str, dict]:
     """{"captions": {kind: interval, "all": ...}, "images": {...}} over `per_kind` cases of each kind of wrong; ties count as errors."""
-    rng = np.random.default_rng([seed + EVALUATION_SEED, ("train", "validation", "test").index(split)])
+    rng = np.random.default_rng([seed + EVALUATION_SEED, SPLITS.index(split)])
     right: dict[str, dict[str, int]] = {"captions": {}, "images": {}}
     for kind in WRONGS:
         images, true, wrong = caption_cases(rng, split, kind, per_kind)
