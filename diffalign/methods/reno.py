@@ -87,10 +87,10 @@ class ReNOSettings:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
         for name in ("lr", "clip", "loss_scale"):
-            check_number(name, getattr(self, name), 0, above=True)
-        check_number("momentum", self.momentum, 0, math.nextafter(1, 0))
-        check_number("regularizer", self.regularizer, 0)
-        check_number("plateau", self.plateau, 0, 1)
+            check_number(name, getattr(self, name), 0.0, above=True)
+        check_number("momentum", self.momentum, 0.0, math.nextafter(1.0, 0.0))
+        check_number("regularizer", self.regularizer, 0.0)
+        check_number("plateau", self.plateau, 0.0, 1.0)
         if self.target is not None:
             check_number("target", self.target)
         for name in ("nesterov", "normalize", "sphere"):

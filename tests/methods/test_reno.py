@@ -236,7 +236,7 @@ def test_a_reward_without_gradient_is_refused_by_name(plane):
     with pytest.raises(TypeError, match="'plane' has no gradient"):
         ReNO(reward)
 
-    class Mix:
+    class Mix(plane.reward):
         differentiable = False
         members = (plane.reward(), reward)
 
