@@ -21,7 +21,7 @@ from diffalign.shapes.prompts import (
 from diffalign.shapes.scenes import COLORS, SHAPES, SIZE, Scene, Thing, place
 
 WRONGS = ("color", "shape", "swapped_colors", "swapped_relation", "count")
-LARGE_RADIUS = 10.0  # pixels; a thing at least this large is called large, otherwise small
+LARGE_RADIUS = 11.5  # pixels; a thing at least this large is called large, otherwise small
 
 
 def draw_scene(rng: np.random.Generator, split: str = "train") -> Scene:
@@ -36,7 +36,7 @@ def draw_scene(rng: np.random.Generator, split: str = "train") -> Scene:
             return scene
 
 
-def _draw_kinds(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _draw_kinds(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     form = rng.choice(3, p=(0.2, 0.5, 0.3))
     first = pairs[rng.integers(len(pairs))]
     if form == 0:

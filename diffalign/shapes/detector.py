@@ -18,9 +18,9 @@ from diffalign.benchmarks.geneval_rules import Detection, Limits, Verdict, judge
 from diffalign.shapes.scenes import COLORS, GROUND, SHAPES, SIZE, Thing, coverage
 
 FOREGROUND_DISTANCE = 40.0  # Euclidean distance in 8-bit RGB from the ground
-LEAST_AREA = 40  # pixels; the smallest thing ever drawn covers about 90
+LEAST_AREA = 40  # pixels; the smallest thing ever drawn covers about 100
 TEMPLATE_SIZE = 32
-LIMITS = Limits(threshold=0.7, counting_threshold=0.7)  # template IoU; of 1,000 drawn scenes the lowest true score was 0.73
+LIMITS = Limits(threshold=0.6, counting_threshold=0.6)  # template IoU; of 1,000 drawn scenes the lowest true score is above 0.7
 
 
 @cache

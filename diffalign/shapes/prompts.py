@@ -9,6 +9,7 @@ test hold out different ones. In the `colors`, `color_attr` and `position` tasks
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -53,14 +54,16 @@ def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def color_pairs(split: str) -> list[tuple[str, str]]:
+@cache
+def color_pairs(split: str) -> tuple[tuple[str, str], ...]:
     """The (shape, colour) pairs that belong to a split, in a fixed order."""
-    return [p for p in product(SHAPES, COLORS) if _owner(p, HELD_OUT_COLORS) == split]
+    return tuple(p for p in product(SHAPES, COLORS) if _owner(p, HELD_OUT_COLORS) == split)
 
 
-def relation_pairs(split: str) -> list[tuple[str, str]]:
+@cache
+def relation_pairs(split: str) -> tuple[tuple[str, str], ...]:
     """The (shape, relation) pairs that belong to a split, the shape being the subject of the relation."""
-    return [p for p in product(SHAPES, RELATIONS) if _owner(p, HELD_OUT_RELATIONS) == split]
+    return tuple(p for p in product(SHAPES, RELATIONS) if _owner(p, HELD_OUT_RELATIONS) == split)
 
 
 def _owner(pair: tuple[str, str], held_out: dict[str, frozenset]) -> str:

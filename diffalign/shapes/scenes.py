@@ -33,8 +33,9 @@ COLORS = {
     "white": (250, 250, 250),
 }
 
-RADIUS_RANGE = (8.0, 11.5)
-GAP = 3.0  # least distance in pixels between two things, so that the detector can tell them apart
+RADIUS_RANGES = {1: (10.0, 13.5), 2: (10.0, 13.5), 3: (9.0, 12.0), 4: (8.5, 11.0)}  # pixels, by how many things share the ground
+REACH = 1.14  # no outline leaves this many radii (the square and the triangle have corners outside the unit circle)
+GAP = 2.5  # least distance in pixels between the reaches of two things, so that the detector can tell them apart
 MARGIN = 2.0  # least distance in pixels from a thing to the edge of the image
 
 
@@ -65,14 +66,14 @@ class Scene:
 
 @cache
 def outline(shape: str) -> np.ndarray:
-    """Outline of a shape inside the unit circle, "n 2" points (x, y), y downward. A ring has the outline of its outer edge."""
+    """Outline of a shape about the unit circle, within REACH of its centre, "n 2" points (x, y), y downward. A ring has the outline of its outer edge."""
     if shape in ("circle", "ring"):
         angle = np.linspace(0, 2 * math.pi, 96, endpoint=False)
         return np.stack([np.cos(angle), np.sin(angle)], axis=1)
     if shape == "square":
-        return 0.86 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float)
+        return 0.8 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float)
     if shape == "triangle":
-        return np.array([(0, -1), (0.95, 0.8), (-0.95, 0.8)], dtype=float)
+        return np.array([(0, -1.05), (0.9, 0.7), (-0.9, 0.7)], dtype=float)
     if shape == "diamond":
         return np.array([(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)], dtype=float)
     if shape == "star":
@@ -116,14 +117,16 @@ def render(scene: Scene, size: int = SIZE) -> np.ndarray:
     return np.round(image).astype(np.uint8)
 
 
-def place(rng: np.random.Generator, kinds: list[tuple[str, str]], attempts: int = 200) -> Scene | None:
+def place(rng: np.random.Generator, kinds: list[tuple[str, str]], attempts: int = 40) -> Scene | None:
     """Put (shape, colour) pairs at random places without touching; None where no free place was found in `attempts` draws."""
     things: list[Thing] = []
+    low, high = RADIUS_RANGES[len(kinds)]
     for shape, color in kinds:
         for _ in range(attempts):
-            radius = rng.uniform(*RADIUS_RANGE)
-            reach = 1.1 * radius + MARGIN
-            thing = Thing(shape, color, *rng.uniform(reach, SIZE - reach, size=2), radius)
+            radius = rng.uniform(low, high)
+            reach = REACH * radius + MARGIN
+            x, y = rng.uniform(reach, SIZE - reach, size=2)
+            thing = Thing(shape, color, float(x), float(y), float(radius))
             if all(_apart(thing, other) for other in things):
                 things.append(thing)
                 break
@@ -133,4 +136,4 @@ def place(rng: np.random.Generator, kinds: list[tuple[str, str]], attempts: int 
 
 
 def _apart(a: Thing, b: Thing) -> bool:
-    return math.hypot(a.x - b.x, a.y - b.y) > 1.1 * (a.radius + b.radius) + GAP
+    return math.hypot(a.x - b.x, a.y - b.y) > REACH * (a.radius + b.radius) + GAP

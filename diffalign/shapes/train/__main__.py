@@ -1,8 +1,72 @@
-import sys
+"""Train what the shapes world ships: `python -m diffalign.shapes.train STAGE`. A stopped stage resumes; a finished one is not repeated."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Callable
 from pathlib import Path
+
 import torch
-torch.set_num_threads(2)
-from diffalign.shapes.train import autoencoder
-run=Path('runs/shapes')
-m=autoencoder.train(run)
-m.save_pretrained(run/'vae')
+
+from diffalign.shapes.train import autoencoder, base, export, loop, text, turbo
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+def train_autoencoder(args: argparse.Namespace) -> None:
+    model = autoencoder.train(args.run, _config(autoencoder.CONFIG, args), device=args.device)
+    export.save(model, args.run / "vae")
+
+
+def train_text(args: argparse.Namespace) -> None:
+    tokenizer = text.build_tokenizer()
+    encoder = text.train(args.run, tokenizer, _config(text.CONFIG, args), device=args.device)
+    export.save(tokenizer, args.run / "tokenizer")
+    export.save(encoder, args.run / "text_encoder")
+
+
+def train_base(args: argparse.Namespace) -> None:
+    vae, tokenizer, encoder = export.load_parts(args.run)
+    config = _config(base.CONFIG, args)
+    unet, encoder = base.train(args.run, vae, tokenizer, encoder, config, device=args.device)
+    export.save_pipeline(args.weights / "shapes", vae, tokenizer, encoder, unet, base.build_scheduler())
+
+
+def train_turbo(args: argparse.Namespace) -> None:
+    teacher = export.load_pipeline(args.weights / "shapes")
+    config = _config(turbo.CONFIG, args)
+    unet = turbo.train(args.run, teacher.unet, teacher.text_encoder, teacher.tokenizer, config)
+    scheduler = base.build_scheduler(prediction_type="sample")
+    export.save_pipeline(args.weights / "shapes-turbo", teacher.vae, teacher.tokenizer, teacher.text_encoder, unet, scheduler)
+
+
+STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "autoencoder": train_autoencoder,
+    "text": train_text,
+    "base": train_base,
+    "turbo": train_turbo,
+}
+
+
+def _config(config: loop.LoopConfig, args: argparse.Namespace) -> loop.LoopConfig:
+    return dataclasses.replace(config, steps=args.steps) if args.steps else config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m diffalign.shapes.train", description=__doc__)
+    parser.add_argument("stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"in this order: {', '.join(STAGES)}")
+    parser.add_argument("--run", type=Path, default=Path("runs/shapes"), help="where training state is kept (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where finished models go (default: inside the package)")
+    parser.add_argument("--steps", type=int, help="train for this many steps instead of the stage's own number")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    torch.set_flush_denormal(True)
+    for stage in args.stages:
+        STAGES[stage](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -95,10 +95,22 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def train(trainee: Trainee, loss_of: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]], label: str) -> None:
-    """Run to config.steps. `loss_of(step, generator)` gives the loss and figures for the progress bar; Ctrl-C saves and stops."""
+LossOf = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
+
+
+def train(trainee: Trainee, loss_of: LossOf, label: str, companions: tuple[Trainee, ...] = ()) -> None:
+    """Run to config.steps. `loss_of(step, generator)` gives the loss and figures for the progress bar.
+
+    Companions are updated by `loss_of` itself and saved together with the trainee. Ctrl-C and errors save, then propagate.
+    Raises FloatingPointError when the loss is not finite.
+    """
     config = trainee.config
     start, before = time.monotonic(), trainee.seconds
+
+    def save_all() -> None:
+        for one in (trainee, *companions):
+            one.save()
+
     bar = tqdm(range(trainee.step, config.steps), initial=trainee.step, total=config.steps, desc=label, mininterval=5)
     try:
         for step in bar:
@@ -120,6 +132,6 @@ def train(trainee: Trainee, loss_of: Callable[[int, torch.Generator], tuple[Tens
             if step % 20 == 0:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()})
             if trainee.step % config.save_every == 0:
-                trainee.save()
+                save_all()
     finally:
-        trainee.save()
+        save_all()

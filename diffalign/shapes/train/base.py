@@ -1,0 +1,101 @@
+"""`shapes`: the multi-step model. Stable Diffusion's architecture at toy size, eps-prediction, one empty prompt in ten for guidance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffalign.shapes.train import data, loop, text
+
+CONFIG = loop.LoopConfig(steps=10_000, lr=8e-4, seed=13, ema_decay=0.9995, warmup=300)
+BATCH = 32
+SCENES = 30_000
+EMPTY_PROMPTS = 0.1
+MIN_SNR_GAMMA = 5.0  # Hang et al., "Efficient Diffusion Training via Min-SNR Weighting" (arXiv 2303.09556)
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=text.WIDTH,
+        attention_head_dim=4,  # diffusers' misnomer: the number of heads
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler(**changes: object) -> DDIMScheduler:
+    settings = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "trailing",
+        "prediction_type": "epsilon",
+    }
+    return DDIMScheduler(**settings | changes)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, device: str) -> Float[Tensor, "n 8 8 8"]:
+    """Scaled latents (posterior means) of 8-bit images, on the CPU."""
+    parts = [vae.encode(data.to_model_range(batch).to(device)).latent_dist.mean.cpu() for batch in images.split(256)]
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+def caption_choice(generator: torch.Generator, count: int) -> Tensor:
+    """Which caption of each scene to show: a long one for one scene in ten, otherwise one of the short ones."""
+    short = torch.randint(data.CAPTIONS_PER_SCENE - 1, (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < 0.1, data.CAPTIONS_PER_SCENE - 1, short)
+
+
+def train(
+    run: Path,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    encoder: CLIPTextModel,
+    config: loop.LoopConfig = CONFIG,
+    scenes: int = SCENES,
+    device: str = "cpu",
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Train (or resume) the U-Net and, with it, the text encoder; returns both with averaged weights."""
+    torch.manual_seed(config.seed)
+    unet = build_unet().to(device)
+    vae, encoder = vae.to(device), encoder.to(device).train()
+    trainee = loop.Trainee({"unet": unet, "encoder": encoder}, config, run / "base.safetensors")
+    dataset = data.draw(scenes, config.seed)
+    latents = encode_images(vae, dataset.images, device)
+    ids = data.tokenize(tokenizer, dataset.captions)
+    empty = data.tokenize(tokenizer, [[""]])[0, 0]
+    alphas = build_scheduler().alphas_cumprod
+
+    def loss_of(step: int, generator: torch.Generator):
+        index = torch.randint(len(latents), (BATCH,), generator=generator)
+        tokens = ids[index, caption_choice(generator, BATCH)]
+        tokens = torch.where(torch.rand(BATCH, 1, generator=generator) < EMPTY_PROMPTS, empty, tokens)
+        t = torch.randint(len(alphas), (BATCH,), generator=generator)
+        noise = torch.randn(latents[index].shape, generator=generator)
+        alpha = alphas[t].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents[index] + (1 - alpha).sqrt() * noise
+        states = encoder(tokens.to(device)).last_hidden_state
+        predicted = unet(noisy.to(device), t.to(device), states).sample
+        error = F.mse_loss(predicted, noise.to(device), reduction="none").mean(dim=(1, 2, 3))
+        snr = alphas[t] / (1 - alphas[t])
+        loss = (error * (snr.clamp(max=MIN_SNR_GAMMA) / snr).to(device)).mean()
+        return loss, {"mse": error.mean().item()}
+
+    loop.train(trainee, loss_of, "shapes")
+    trainee.use_average()
+    return unet.eval(), encoder.eval()
