@@ -61,7 +61,7 @@ def test_the_cap_comes_before_suppression():
 
 
 def test_suppression_drops_an_iou_equal_to_the_limit_and_is_off_at_one():
-    """Boxes covering pixels 0..9 and 0..4 of one row have IoU 5/10 with the +1 convention; suppression keeps only what is below the limit."""
+    """Boxes covering pixels 0..9 and 0..4 of one row have IoU 5/10 with the +1 convention; what is kept is below the limit."""
     a, b = detection(0.9, box=(0, 0, 9, 0)), detection(0.8, box=(0, 0, 4, 0))
     assert iou(a.box, b.box) == pytest.approx(0.5)
     assert keep([a, b], 0.3, Limits(max_overlap=0.5)) == [a]

@@ -1,4 +1,4 @@
-"""Reads a caption of the shapes world back into GenEval's schema, knowing only the grammar, so that captions can be checked against scenes."""
+"""Reads a caption of the shapes world back into GenEval's schema, knowing only the grammar: so captions can be checked against scenes."""
 
 from __future__ import annotations
 

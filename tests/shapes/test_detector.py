@@ -99,6 +99,17 @@ def test_a_blot_is_found_but_does_not_pass_for_a_shape():
     assert not detector.judge_image(image, row).correct
 
 
+@pytest.mark.parametrize("kinds", [("square", "square"), ("circle", "star"), ("triangle", "heart")])
+def test_two_things_grown_together_pass_for_neither(kinds):
+    a, b = (Thing(shape, "blue", x, y, 11) for shape, x, y in zip(kinds, (22, 38), (25, 38), strict=True))
+    image = render(Scene((a, b)))
+    ((_, (blob,)),) = detector.detect(image).items()
+    assert 0.3 < blob.score < detector.LIMITS.threshold
+    for shape in kinds:
+        row = {"tag": "single_object", "include": [{"class": shape, "count": 1}]}
+        assert not detector.judge_image(image, row).correct
+
+
 def scene_for(row: dict, rng: np.random.Generator) -> Scene:
     """A random scene of which the row's prompt is true."""
     kinds = []

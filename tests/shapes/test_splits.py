@@ -1,4 +1,4 @@
-"""What is held out stays out: no training scene or caption shows a held-out combination, every held-out prompt of composition asks for one."""
+"""What is held out stays out: training never shows a held-out combination, every held-out prompt of composition asks for one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,80 @@
+# Everything here needs only Python 3.11 or newer and make. `make help` lists what there is.
+#
+#   VENV=path        the environment to use or create (default .venv)
+#   PYTHON=path      the Python that creates it (default: the first of python3, python3.13, python3.12, python3.11 that is new enough)
+#   EDITABLE=        install a copy instead of linking to this folder
+
+VENV ?= .venv
+EDITABLE ?= --editable
+OUT ?= outputs/demo
+PROMPT ?= a red circle left of a blue square
+PYTEST_ARGS ?=
+TRAIN_ARGS ?=
+
+BIN := $(VENV)/bin
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo app test test-slow lint format train-shapes clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.diffalign ## an image before and after optimisation, on the embedded model
+	$(BIN)/diffalign generate "$(PROMPT)" --method reno --out "$(OUT)"
+	@echo "The images, the plot and the trace are in $(OUT)"
+
+app: $(VENV)/.diffalign-app ## the same in the browser
+	$(BIN)/python -m app
+
+test: $(VENV)/.diffalign-dev ## the tests that need minutes at most
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.diffalign-dev ## all tests, also the slow ones
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.diffalign-dev ## style, format, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(VENV)/.diffalign-dev ## put the code into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+STAGES ?= autoencoder text base turbo clip preference aesthetic
+train-shapes: $(VENV)/.diffalign ## train the embedded models anew; hours, resumable; STAGES="..." names some, TRAIN_ARGS="--device cuda"
+	$(BIN)/python -m diffalign.shapes.train $(STAGES) $(TRAIN_ARGS)
+
+clean: ## remove what builds, tests and demos leave behind; environments and training runs stay
+	rm -rf build dist outputs .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	find . -path ./.git -prune -o -path "./$(VENV)" -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# One stamp per set of extras, newer than pyproject.toml while the installation is up to date.
+
+$(VENV)/.diffalign: pyproject.toml | $(BIN)/pip
+	@echo "Installing diffalign into $(VENV). PyTorch is several gigabytes, so the first time takes minutes."
+	$(BIN)/python -m pip install $(EDITABLE) .
+	@touch $@
+
+$(VENV)/.diffalign-app: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install $(EDITABLE) ".[app]"
+	@touch $@ $(VENV)/.diffalign
+
+$(VENV)/.diffalign-dev: pyproject.toml | $(BIN)/pip
+	@echo "Installing diffalign and its tests into $(VENV). PyTorch is several gigabytes, so the first time takes minutes."
+	$(BIN)/python -m pip install $(EDITABLE) ".[dev,app]"
+	@touch $@ $(VENV)/.diffalign $(VENV)/.diffalign-app
+
+$(BIN)/pip:
+	@python="$(PYTHON)"; \
+	for candidate in $${python:-python3 python3.13 python3.12 python3.11}; do \
+		if "$$candidate" -c '$(IS_NEW_ENOUGH)' 2>/dev/null; then python="$$candidate"; break; else python=; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "diffalign needs Python 3.11 or newer. Found: $$($(or $(PYTHON),python3) --version 2>&1 || true)." >&2; \
+		echo "Install one, or name one with: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; \
+		exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv "$(VENV)"
