@@ -30,7 +30,7 @@ def train_text(args: argparse.Namespace) -> None:
 def train_base(args: argparse.Namespace) -> None:
     vae, tokenizer, encoder = export.load_parts(args.run)
     config = _config(base.CONFIG, args)
-    unet, encoder = base.train(args.run, vae, tokenizer, encoder, config, device=args.device)
+    unet = base.train(args.run, vae, tokenizer, encoder, config, device=args.device)
     export.save_pipeline(args.weights / "shapes", vae, tokenizer, encoder, unet, base.build_scheduler())
 
 

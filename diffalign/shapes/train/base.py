@@ -1,4 +1,7 @@
-"""`shapes`: the multi-step model. Stable Diffusion's architecture at toy size, eps-prediction, one empty prompt in ten for guidance."""
+"""`shapes`: the multi-step model. Stable Diffusion's architecture at toy size, eps-prediction, one empty prompt in ten for guidance.
+
+As in Stable Diffusion the text encoder was trained before (`text.py`) and stays frozen here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffalign.shapes.train import data, loop, text
 
-CONFIG = loop.LoopConfig(steps=10_000, lr=8e-4, seed=13, ema_decay=0.9995, warmup=300)
+CONFIG = loop.LoopConfig(steps=7000, lr=1e-3, seed=13, ema_decay=0.9995, warmup=300)
 BATCH = 32
 SCENES = 30_000
 EMPTY_PROMPTS = 0.1
@@ -69,12 +72,12 @@ def train(
     config: loop.LoopConfig = CONFIG,
     scenes: int = SCENES,
     device: str = "cpu",
-) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Train (or resume) the U-Net and, with it, the text encoder; returns both with averaged weights."""
+) -> UNet2DConditionModel:
+    """Train (or resume) the U-Net; returns it with averaged weights."""
     torch.manual_seed(config.seed)
-    unet = build_unet().to(device)
-    vae, encoder = vae.to(device), encoder.to(device).train()
-    trainee = loop.Trainee({"unet": unet, "encoder": encoder}, config, run / "base.safetensors")
+    unet = build_unet().to(device, memory_format=torch.channels_last)
+    vae, encoder = vae.to(device), encoder.to(device).eval()
+    trainee = loop.Trainee({"unet": unet}, config, run / "base.safetensors")
     dataset = data.draw(scenes, config.seed)
     latents = encode_images(vae, dataset.images, device)
     ids = data.tokenize(tokenizer, dataset.captions)
@@ -89,8 +92,10 @@ def train(
         noise = torch.randn(latents[index].shape, generator=generator)
         alpha = alphas[t].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents[index] + (1 - alpha).sqrt() * noise
-        states = encoder(tokens.to(device)).last_hidden_state
-        predicted = unet(noisy.to(device), t.to(device), states).sample
+        with torch.no_grad():
+            states = encoder(tokens.to(device)).last_hidden_state
+        noisy = noisy.to(device, memory_format=torch.channels_last)
+        predicted = unet(noisy, t.to(device), states).sample
         error = F.mse_loss(predicted, noise.to(device), reduction="none").mean(dim=(1, 2, 3))
         snr = alphas[t] / (1 - alphas[t])
         loss = (error * (snr.clamp(max=MIN_SNR_GAMMA) / snr).to(device)).mean()
@@ -98,4 +103,4 @@ def train(
 
     loop.train(trainee, loss_of, "shapes")
     trainee.use_average()
-    return unet.eval(), encoder.eval()
+    return unet.eval()

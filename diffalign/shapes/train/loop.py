@@ -52,7 +52,7 @@ class Trainee:
     def __post_init__(self) -> None:
         self.parameters = {f"{m}.{n}": p for m, module in self.modules.items() for n, p in module.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
         if self.state_path.exists():
             self._load()
 
@@ -124,9 +124,7 @@ def train(trainee: Trainee, loss_of: LossOf, label: str, companions: tuple[Train
             torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), config.clip_grad_norm)
             trainee.optimizer.step()
             decay = min(config.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for name, p in trainee.parameters.items():
-                    trainee.average[name].lerp_(p, 1 - decay)
+            torch._foreach_lerp_(list(trainee.average.values()), [p.detach() for p in trainee.parameters.values()], 1 - decay)
             trainee.step = step + 1
             trainee.seconds = before + time.monotonic() - start
             if step % 20 == 0:

@@ -7,6 +7,8 @@
 Each resumes from `run`, writes the folder that `reward_models` loads, and a card with its held-out figures beside the weights.
 """
 
+from diffalign.shapes.train.rewards_aesthetic import train_aesthetic
 from diffalign.shapes.train.rewards_clip import train_clip
+from diffalign.shapes.train.rewards_preference import train_preference
 
-__all__ = ["train_clip"]
+__all__ = ["train_aesthetic", "train_clip", "train_preference"]

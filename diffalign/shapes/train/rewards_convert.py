@@ -28,7 +28,13 @@ _TOP = {
     "visual.proj": "visual_projection.weight",
 }
 _TRANSPOSED = ("text_projection", "visual.proj")
-_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 _TOWERS = {"transformer.resblocks.": "text_model.encoder.layers.", "visual.transformer.resblocks.": "vision_model.encoder.layers."}
 
 
@@ -90,7 +96,6 @@ def convert_config(layout: Mapping) -> CLIPConfig:
             "vocab_size": text["vocab_size"],
             "projection_dim": layout["embed_dim"],
             "hidden_act": "gelu",
-            "bos_token_id": text["eos_id"] - 1,
             "eos_token_id": text["eos_id"],
             "pad_token_id": text["pad_id"],
         },

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffalign.benchmarks.geneval_rules import RELATIONS
 from diffalign.shapes.captions import WRONGS, relations, wrong_caption
 from diffalign.shapes.prompts import CARRIERS, NUMBER_WORDS, color_pairs, plural, relation_pairs
-from diffalign.shapes.scenes import COLORS, GAP, MARGIN, RADIUS_RANGE, SHAPES, SIZE, Scene, Thing
+from diffalign.shapes.scenes import COLORS, GAP, MARGIN, RADIUS_RANGES, REACH, SHAPES, SIZE, Scene, Thing
 
 COLOR_NAMES = tuple(COLORS)
 MOST_THINGS = 4
@@ -166,10 +166,10 @@ def _altered(rng: np.random.Generator, things: Sequence[Thing], kind: str, pair:
 def _with_copy(rng: np.random.Generator, things: Sequence[Thing]) -> Scene | None:
     model = things[rng.integers(len(things))]
     for _ in range(30):
-        radius = rng.uniform(*RADIUS_RANGE)
-        reach = 1.1 * radius + MARGIN
+        radius = rng.uniform(*RADIUS_RANGES[len(things) + 1])
+        reach = REACH * radius + MARGIN
         x, y = rng.uniform(reach, SIZE - reach, size=2)
-        if all(np.hypot(x - t.x, y - t.y) > 1.1 * (radius + t.radius) + GAP for t in things):
+        if all(np.hypot(x - t.x, y - t.y) > REACH * (radius + t.radius) + GAP for t in things):
             return Scene((*things, Thing(model.shape, model.color, float(x), float(y), float(radius))))
     return None
 
