@@ -1,0 +1,138 @@
+"""What a benchmark is: a list of items to generate, and a judge of a folder. The two meet only on disk, in GenEval's layout.
+
+    FOLDER/settings.json                     what made the images; a run with other settings is refused
+    FOLDER/00012/metadata.jsonl              the prompt's row, one JSON object
+    FOLDER/00012/samples/00000.png           one image per sample
+    FOLDER/00012/traces/00000.json           how that image came about; written last, so its presence marks the item done
+
+So generation resumes where it stopped, any program's images can be judged, and our images can be judged by upstream's code.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from diffalign.files import differing_settings, read_json, whole_file, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to make: `index` is the prompt's row, `sample` counts the images of that prompt, `seed` belongs to this item alone."""
+
+    index: int
+    sample: int
+    seed: int
+    task: str
+    prompt: str
+    metadata: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The image's path inside a method's folder."""
+        return f"{self.index:05d}/samples/{self.sample:05d}.png"
+
+    def image_path(self, folder: Path) -> Path:
+        return folder / self.name
+
+    def trace_path(self, folder: Path) -> Path:
+        return folder / f"{self.index:05d}" / "traces" / f"{self.sample:05d}.json"
+
+    def is_done(self, folder: Path) -> bool:
+        return self.trace_path(folder).is_file() and self.image_path(folder).is_file()
+
+
+@dataclass(frozen=True)
+class Generated:
+    """An image and, as plain JSON data, how it came about: at least "seconds", "best" and "rewards" (name -> one score per evaluation)."""
+
+    image: Image.Image
+    trace: Mapping[str, Any]
+
+
+class Benchmark(Protocol):
+    """A set of prompts with rules to judge by. `score` returns one row per item, in the order of `items()`; a missing image is an error."""
+
+    name: str
+
+    def items(self) -> list[Item]: ...
+
+    def score(self, folder: Path) -> list[dict[str, Any]]: ...
+
+
+def item_seed(seed: int, index: int, sample: int) -> int:
+    """A 32-bit seed from the run's seed, the prompt's row and the sample: the same whatever the batch size, order or limit."""
+    return int(np.random.SeedSequence([seed, index, sample]).generate_state(1)[0])
+
+
+def open_run(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Starts a folder of images made with `settings`, or continues one. `overwrite` deletes a folder made with other settings.
+
+    Raises ValueError where the folder holds images made with other settings, or files that are not ours.
+    """
+    marker = folder / "settings.json"
+    if marker.is_file():
+        changed = differing_settings(read_json(marker), settings)
+        if not changed:
+            return
+        if not overwrite:
+            what = f"{folder} holds images made with other settings ({'; '.join(changed)})"
+            raise ValueError(f"{what}; choose another --out, or --overwrite to make them anew")
+        shutil.rmtree(folder)
+    elif folder.is_dir() and any(not path.name.startswith(".partial-") for path in folder.iterdir()):
+        raise ValueError(f"{folder} exists and was not made by this benchmark (it has no settings.json); choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(marker, settings)
+
+
+def generate_missing(
+    items: Sequence[Item],
+    folder: Path,
+    generate: Callable[[Sequence[Item]], Sequence[Generated]],
+    batch_size: int,
+) -> int:
+    """Makes the items that `folder` lacks, `batch_size` at a time, saving each batch before the next. Returns how many it made."""
+    missing = [item for item in items if not item.is_done(folder)]
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        for item, generated in zip(batch, generate(batch), strict=True):
+            save(item, generated, folder)
+    return len(missing)
+
+
+def save(item: Item, generated: Generated, folder: Path) -> None:
+    """Writes one item's row, image and trace, the trace last."""
+    image_path, trace_path = item.image_path(folder), item.trace_path(folder)
+    for path in (image_path, trace_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{item.index:05d}" / "metadata.jsonl", json.dumps(item.metadata) + "\n")
+    with whole_file(image_path) as temporary:
+        generated.image.save(temporary, format="PNG")
+    write_json(trace_path, {"prompt": item.prompt, "seed": item.seed, **generated.trace})
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image as "h w 3" uint8. Raises ValueError naming the file where it is cut short or no image."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a whole image ({error}); delete it and run again") from error
+
+
+def require_complete(items: Sequence[Item], folder: Path) -> None:
+    """Raises FileNotFoundError where any image is missing: a mean over the rest would look like a result."""
+    missing = [item.name for item in items if not item.image_path(folder).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(items)} images (first {missing[0]}); generate them before judging, or set a --limit"
+        )

@@ -1,0 +1,171 @@
+"""Error bars that respect how the images were made: images of one prompt are alike, so prompts are what is resampled, within each task.
+
+- per task: Wilson's interval (1927), with the number of images replaced by the effective number that the spread between prompts implies;
+- overall = the unweighted mean of the task means (GenEval's convention): percentile interval of a bootstrap over prompts, by task;
+- two methods on the same prompts and noises: the same bootstrap on each prompt's difference, and a sign-flip permutation test, whose
+  null hypothesis is that a prompt's difference is as likely to have either sign. p = (1 + hits) / (1 + draws), two-sided;
+- the per-task p-values are corrected by Holm's step-down (1979).
+
+Every function is a pure function of its arguments; the random ones take a seed. `values` may be 0/1 verdicts or scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 10_000
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval, and how much it rests on."""
+
+    mean: float
+    low: float
+    high: float
+    images: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference with its 95 % interval and two-sided sign-flip p-value. `p_holm` only where several were tested at once."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    prompts: int
+    p_holm: float | None = None
+
+
+def wilson(mean: float, n: float, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's interval for a proportion seen in `n` independent trials; `n` need not be whole. Never leaves [0, 1]."""
+    if not 0 <= mean <= 1 or not n > 0:
+        raise ValueError(f"wilson needs a proportion in [0, 1] and n > 0; got mean {mean} and n {n}")
+    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    # The bounds at 0 and 1 are exact; the formula misses them by rounding.
+    return (0.0 if mean == 0 else max(centre - half, 0.0)), (1.0 if mean == 1 else min(centre + half, 1.0))
+
+
+def effective_images(prompt_means: np.ndarray, images: int) -> float:
+    """The number of independent images that would give the same variance as these prompts, between the number of prompts and of images."""
+    prompts, mean = len(prompt_means), float(prompt_means.mean())
+    if images == prompts or prompts < 2 or mean in (0.0, 1.0):
+        return float(prompts)  # with no spread to learn from, images of a prompt count as one
+    variance_of_mean = float(prompt_means.var(ddof=1)) / prompts
+    if variance_of_mean == 0:
+        return float(images)
+    return min(max(mean * (1 - mean) / variance_of_mean, prompts), images)
+
+
+def task_estimates(values: Sequence[float], prompts: Sequence[Hashable], tasks: Sequence[str]) -> dict[str, Estimate]:
+    """The mean verdict of each task with Wilson's interval, tasks in order of first appearance. `values` are verdicts in [0, 1]."""
+    clusters, counts = _by_task(values, prompts, tasks)
+    out = {}
+    for task, means in clusters.items():
+        mean = float(means.mean())
+        out[task] = Estimate(mean, *wilson(mean, effective_images(means, counts[task])), counts[task], len(means))
+    return out
+
+
+def overall_estimate(
+    values: Sequence[float], prompts: Sequence[Hashable], tasks: Sequence[str], draws: int = DRAWS, seed: int = 0
+) -> Estimate:
+    """The unweighted mean of the task means, with the stratified prompt bootstrap's percentile interval."""
+    clusters, counts = _by_task(values, prompts, tasks)
+    low, high = _bootstrap_interval(list(clusters.values()), draws, seed)
+    mean = float(np.mean([means.mean() for means in clusters.values()]))
+    return Estimate(mean, low, high, sum(counts.values()), sum(map(len, clusters.values())))
+
+
+def paired_difference(
+    values: Sequence[float],
+    baseline: Sequence[float],
+    prompts: Sequence[Hashable],
+    tasks: Sequence[str],
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Difference:
+    """How much `values` exceed `baseline`, image by image on the same prompts and noises; overall = the unweighted mean over tasks."""
+    clusters, _ = _by_task(_subtract(values, baseline), prompts, tasks)
+    return _difference(list(clusters.values()), draws, seed)
+
+
+def paired_task_differences(
+    values: Sequence[float],
+    baseline: Sequence[float],
+    prompts: Sequence[Hashable],
+    tasks: Sequence[str],
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """`paired_difference` of each task alone, with Holm's correction over the tasks in `p_holm`."""
+    clusters, _ = _by_task(_subtract(values, baseline), prompts, tasks)
+    raw = {task: _difference([differences], draws, seed) for task, differences in clusters.items()}
+    corrected = holm({task: d.p_value for task, d in raw.items()})
+    return {t: Difference(d.mean, d.low, d.high, d.p_value, d.prompts, corrected[t]) for t, d in raw.items()}
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down: the i-th smallest of m is multiplied by m - i, made non-decreasing, and cut at 1."""
+    out, running = {}, 0.0
+    for i, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        running = max(running, min((len(p_values) - i) * p, 1.0))
+        out[name] = running
+    return {name: out[name] for name in p_values}
+
+
+def _subtract(values: Sequence[float], baseline: Sequence[float]) -> np.ndarray:
+    if len(values) != len(baseline):
+        raise ValueError(f"a paired comparison needs one baseline value per value; got {len(values)} and {len(baseline)}")
+    return np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float)
+
+
+def _by_task(values: Sequence[float], prompts: Sequence[Hashable], tasks: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Each task's prompt means, and its number of images. Prompts count once each, whatever their number of images."""
+    if not len(values) == len(prompts) == len(tasks):
+        raise ValueError(f"values, prompts and tasks must be equally long; got {len(values)}, {len(prompts)} and {len(tasks)}")
+    if not len(values):
+        raise ValueError("there is nothing to estimate: no values were given")
+    if not np.isfinite(np.asarray(values, dtype=float)).all():
+        raise ValueError("values must be finite; got nan or inf")
+    grouped: dict[str, dict[Hashable, list[float]]] = {}
+    for value, prompt, task in zip(values, prompts, tasks, strict=True):
+        grouped.setdefault(task, {}).setdefault(prompt, []).append(float(value))
+    means = {task: np.array([np.mean(v) for v in by_prompt.values()]) for task, by_prompt in grouped.items()}
+    return means, {task: sum(map(len, by_prompt.values())) for task, by_prompt in grouped.items()}
+
+
+def _difference(strata: list[np.ndarray], draws: int, seed: int) -> Difference:
+    low, high = _bootstrap_interval(strata, draws, seed)
+    statistic = float(np.mean([s.mean() for s in strata]))
+    return Difference(statistic, low, high, _sign_flip(strata, draws, seed), sum(map(len, strata)))
+
+
+def _bootstrap_interval(strata: list[np.ndarray], draws: int, seed: int) -> tuple[float, float]:
+    """2.5 and 97.5 percentiles of the mean of stratum means when each stratum is resampled. Multinomial counts: all draws at once."""
+    rng = np.random.default_rng([seed, 0])
+    total = np.zeros(draws)
+    for means in strata:
+        n = len(means)
+        total += rng.multinomial(n, np.full(n, 1 / n), size=draws) @ means / n
+    low, high = np.percentile(total / len(strata), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _sign_flip(strata: list[np.ndarray], draws: int, seed: int) -> float:
+    rng = np.random.default_rng([seed, 1])
+    observed = abs(sum(s.mean() for s in strata))
+    flipped = np.zeros(draws)
+    for differences in strata:
+        signs = rng.integers(0, 2, size=(draws, len(differences)), dtype=np.int8) * 2 - 1
+        flipped += signs @ differences / len(differences)
+    hits = int((np.abs(flipped) >= observed - 1e-12).sum())  # ties count as hits; the slack absorbs the order of summation
+    return (1 + hits) / (1 + draws)

@@ -1,0 +1,165 @@
+"""The shapes benchmark from items to rows, on images drawn by the renderer, so that the right verdicts are known."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffalign.benchmarks.base import Generated, generate_missing, item_seed, open_run
+from diffalign.benchmarks.geneval_rules import TASKS
+from diffalign.benchmarks.shapes import ShapesBenchmark
+from diffalign.shapes.scenes import SHAPES, SIZE, Scene, Thing, render
+
+SPOTS = ((16, 16), (48, 16), (16, 48), (48, 48))
+SETTINGS = {"pipeline": "drawn", "seed": 0}
+
+
+def obey(item) -> Image.Image:
+    """A picture that does what the prompt says."""
+    row = item.metadata
+    if row["tag"] == "position":
+        target, subject = row["include"]
+        relation = subject["position"][0]
+        x, y = {"left of": (16, 32), "right of": (48, 32), "above": (32, 16), "below": (32, 48)}[relation]
+        things = [Thing(subject["class"], "red", x, y, 10), Thing(target["class"], "blue", SIZE - x, SIZE - y, 10)]
+    else:
+        wanted = [(clause["class"], clause.get("color", "blue")) for clause in row["include"] for _ in range(clause["count"])]
+        things = [Thing(shape, color, x, y, 10) for (shape, color), (x, y) in zip(wanted, SPOTS, strict=False)]
+    return Image.fromarray(render(Scene(tuple(things))))
+
+
+def disobey(item) -> Image.Image:
+    """One shape that the prompt does not name."""
+    named = {clause["class"] for clause in item.metadata["include"]}
+    other = next(shape for shape in SHAPES if shape not in named)
+    return Image.fromarray(render(Scene((Thing(other, "black", 32, 32, 10),))))
+
+
+def draw(how):
+    return lambda items: [Generated(how(item), {"seconds": 0.1, "best": 0, "rewards": {"total": [1.0]}}) for item in items]
+
+
+@pytest.fixture
+def benchmark():
+    return ShapesBenchmark(limit=24)
+
+
+def test_limit_takes_the_same_number_of_each_task(benchmark):
+    items = benchmark.items()
+    assert [sum(item.task == task for item in items) for task in TASKS] == [4] * 6
+    assert [item.index for item in items] == sorted({item.index for item in items})
+
+
+def test_a_limited_run_is_part_of_the_full_one(benchmark):
+    everything = {(item.index, item.sample): item for item in ShapesBenchmark(samples=2).items()}
+    assert len(everything) >= 600
+    for item in benchmark.items():
+        assert everything[item.index, item.sample] == item
+
+
+def test_seeds_belong_to_seed_prompt_and_sample():
+    seeds = [item.seed for item in ShapesBenchmark(samples=2).items()]
+    assert len(set(seeds)) == len(seeds)
+    assert item_seed(0, 5, 1) == item_seed(0, 5, 1)
+    assert len({item_seed(0, 5, 1), item_seed(1, 5, 1), item_seed(0, 6, 1), item_seed(0, 5, 2)}) == 4
+
+
+def test_right_pictures_score_one_and_wrong_ones_zero(benchmark, tmp_path):
+    items = benchmark.items()
+    generate_missing(items, tmp_path / "right", draw(obey), batch_size=7)
+    generate_missing(items, tmp_path / "wrong", draw(disobey), batch_size=7)
+    right, wrong = benchmark.score(tmp_path / "right"), benchmark.score(tmp_path / "wrong")
+    assert [row["reason"] for row in right] == [""] * len(items)
+    assert all(row["correct"] for row in right)
+    assert not any(row["correct"] for row in wrong)
+    assert all(row["reason"].startswith("expected") or row["reason"].startswith("no target") for row in wrong)
+
+
+def test_rows_have_genevals_keys_and_nested_json(benchmark, tmp_path):
+    generate_missing(benchmark.items(), tmp_path, draw(obey), batch_size=24)
+    row = benchmark.score(tmp_path)[0]
+    assert list(row) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    assert row["filename"] == "00000/samples/00000.png"
+    assert json.loads(row["metadata"])["prompt"] == row["prompt"]
+    (boxes,) = json.loads(row["details"]).values()
+    assert len(boxes[0]) == 5
+    assert boxes[0][4] > 0.7
+    assert json.loads((tmp_path / "00000" / "metadata.jsonl").read_text()) == json.loads(row["metadata"])
+
+
+def test_only_missing_items_are_made_again(benchmark, tmp_path):
+    items = benchmark.items()
+    made = []
+
+    def generate(batch):
+        made.extend(batch)
+        if len(made) > 12:
+            raise KeyboardInterrupt
+        return draw(obey)(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_missing(items, tmp_path, generate, batch_size=6)
+    assert sum(item.is_done(tmp_path) for item in items) == 12
+    assert generate_missing(items, tmp_path, draw(obey), batch_size=6) == 12
+    assert generate_missing(items, tmp_path, draw(disobey), batch_size=6) == 0
+    assert all(row["correct"] for row in benchmark.score(tmp_path))
+
+
+def test_an_image_without_its_trace_is_not_finished(benchmark, tmp_path):
+    items = benchmark.items()
+    generate_missing(items, tmp_path, draw(obey), batch_size=24)
+    items[3].trace_path(tmp_path).unlink()
+    assert generate_missing(items, tmp_path, draw(disobey), batch_size=24) == 1
+
+
+def test_a_missing_image_is_an_error_not_a_smaller_mean(benchmark, tmp_path):
+    generate_missing(benchmark.items(), tmp_path, draw(obey), batch_size=24)
+    benchmark.items()[5].image_path(tmp_path).unlink()
+    with pytest.raises(FileNotFoundError, match="lacks 1 of 24 images"):
+        benchmark.score(tmp_path)
+
+
+def test_a_truncated_image_is_named(benchmark, tmp_path):
+    generate_missing(benchmark.items(), tmp_path, draw(obey), batch_size=24)
+    path = benchmark.items()[5].image_path(tmp_path)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=f"{path} is not a whole image"):
+        benchmark.score(tmp_path)
+
+
+def test_images_of_another_program_can_be_judged(benchmark, tmp_path):
+    for item in benchmark.items():  # images alone, without traces or settings
+        path = item.image_path(tmp_path)
+        path.parent.mkdir(parents=True)
+        obey(item).save(path)
+    assert np.mean([row["correct"] for row in benchmark.score(tmp_path)]) == 1
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path):
+    folder = tmp_path / "reno"
+    open_run(folder, SETTINGS)
+    open_run(folder, SETTINGS)
+    with pytest.raises(ValueError, match=r"other settings \(seed: 0 -> 1\)"):
+        open_run(folder, {**SETTINGS, "seed": 1})
+    (folder / "00000").mkdir()
+    open_run(folder, {**SETTINGS, "seed": 1}, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["settings.json"]
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="was not made by this benchmark"):
+        open_run(tmp_path, SETTINGS, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"samples": 0}, "samples must"), ({"limit": 0}, "limit must")])
+def test_bad_settings_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ShapesBenchmark(**arguments)
+
+
+def test_unknown_split_is_named():
+    with pytest.raises(ValueError, match="'exam'"):
+        ShapesBenchmark(split="exam").items()
