@@ -96,6 +96,7 @@ def convert_config(layout: Mapping) -> CLIPConfig:
             "vocab_size": text["vocab_size"],
             "projection_dim": layout["embed_dim"],
             "hidden_act": "gelu",
+            "bos_token_id": None,  # open_clip does not say, and no computation needs it
             "eos_token_id": text["eos_id"],
             "pad_token_id": text["pad_id"],
         },
