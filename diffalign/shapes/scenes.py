@@ -66,7 +66,7 @@ class Scene:
 
 @cache
 def outline(shape: str) -> np.ndarray:
-    """Outline of a shape about the unit circle, within REACH of its centre, "n 2" points (x, y), y downward. A ring has the outline of its outer edge."""
+    """Outline of a shape for radius 1, within REACH of its centre: "n 2" points (x, y), y downward. A ring has its outer edge's."""
     if shape in ("circle", "ring"):
         angle = np.linspace(0, 2 * math.pi, 96, endpoint=False)
         return np.stack([np.cos(angle), np.sin(angle)], axis=1)

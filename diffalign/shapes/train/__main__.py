@@ -10,13 +10,19 @@ from pathlib import Path
 
 import torch
 
-from diffalign.shapes.train import autoencoder, base, export, loop, text, turbo
+from diffalign.shapes.train import autoencoder, base, card, evaluate, export, loop, text, turbo
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
 def train_autoencoder(args: argparse.Namespace) -> None:
     model = autoencoder.train(args.run, _config(autoencoder.CONFIG, args), device=args.device)
+    export.save(model, args.run / "vae")
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    vae, _, _ = export.load_parts(args.run)
+    model = autoencoder.train_decoder(args.run, vae, _config(autoencoder.DECODER_CONFIG, args), device=args.device)
     export.save(model, args.run / "vae")
 
 
@@ -35,18 +41,72 @@ def train_base(args: argparse.Namespace) -> None:
 
 
 def train_turbo(args: argparse.Namespace) -> None:
+    vae, _, _ = export.load_parts(args.run)
     teacher = export.load_pipeline(args.weights / "shapes")
     config = _config(turbo.CONFIG, args)
     unet = turbo.train(args.run, teacher.unet, teacher.text_encoder, teacher.tokenizer, config)
     scheduler = base.build_scheduler(prediction_type="sample")
-    export.save_pipeline(args.weights / "shapes-turbo", teacher.vae, teacher.tokenizer, teacher.text_encoder, unet, scheduler)
+    export.save_pipeline(args.weights / "shapes-turbo", vae, teacher.tokenizer, teacher.text_encoder, unet, scheduler)
+
+
+def judge_base(args: argparse.Namespace) -> None:
+    folder = args.weights / "shapes"
+    pipeline = export.load_pipeline(folder)
+    guidance, reached = evaluate.best_guidance(pipeline, base.JUDGED_STEPS)
+    counts = evaluate.judge_accuracy(pipeline, steps=base.JUDGED_STEPS, guidance=guidance)
+    _write_card(
+        args,
+        folder,
+        "base",
+        base.CONFIG,
+        data={"scenes": base.SCENES, "batch": base.BATCH, "loss": "eps MSE, min-SNR 5, 10 % empty prompts"},
+        figures={
+            "validation overall by guidance": reached,
+            f"test, {base.JUDGED_STEPS} DDIM steps, guidance {guidance}": evaluate.figures(counts),
+        },
+        notes=["Stable Diffusion's architecture at toy size. Judge accuracy is by GenEval's rules with the exact detector."],
+    )
+
+
+def judge_turbo(args: argparse.Namespace) -> None:
+    folder = args.weights / "shapes-turbo"
+    counts = evaluate.judge_accuracy(export.load_pipeline(folder), steps=1, guidance=0.0)
+    _write_card(
+        args,
+        folder,
+        "turbo",
+        turbo.CONFIG,
+        data=dataclasses.asdict(turbo.TurboConfig()),
+        figures={"test, one step": evaluate.figures(counts)},
+        notes=["One step, distilled from `shapes` by distribution matching. Judge accuracy as for `shapes`."],
+    )
+
+
+def _write_card(
+    args: argparse.Namespace, folder: Path, stage: str, config: loop.LoopConfig, *, data: dict, figures: dict, notes: list[str]
+) -> None:
+    _, seconds = loop.progress(args.run / f"{stage}.safetensors")
+    card.write_card(
+        folder,
+        title=folder.name,
+        command=f"python -m diffalign.shapes.train {stage} judge-{stage}",
+        config=config,
+        seconds=seconds,
+        figures=figures,
+        notes=notes,
+        data=data,
+        device=args.device,
+    )
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "autoencoder": train_autoencoder,
+    "decoder": train_decoder,
     "text": train_text,
     "base": train_base,
+    "judge-base": judge_base,
     "turbo": train_turbo,
+    "judge-turbo": judge_turbo,
 }
 
 

@@ -20,6 +20,7 @@ CONFIG = loop.LoopConfig(steps=7000, lr=1e-3, seed=13, ema_decay=0.9995, warmup=
 BATCH = 32
 SCENES = 30_000
 EMPTY_PROMPTS = 0.1
+JUDGED_STEPS = 20
 MIN_SNR_GAMMA = 5.0  # Hang et al., "Efficient Diffusion Training via Min-SNR Weighting" (arXiv 2303.09556)
 
 

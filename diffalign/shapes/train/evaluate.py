@@ -10,10 +10,18 @@ from tqdm import tqdm
 from diffalign.benchmarks.geneval_rules import TASKS
 from diffalign.shapes import prompts
 from diffalign.shapes.detector import judge_images
+from diffalign.shapes.train import card
 
 
 def judge_accuracy(
-    pipeline: StableDiffusionPipeline, *, steps: int, guidance: float, split: str = "test", per_task: int = 60, seed: int = 0, batch: int = 64
+    pipeline: StableDiffusionPipeline,
+    *,
+    steps: int,
+    guidance: float,
+    split: str = "test",
+    per_task: int = prompts.PROMPTS_PER_TASK,
+    seed: int = 0,
+    batch: int = 64,
 ) -> dict[str, tuple[int, int]]:
     """(correct, total) per task, for one image a prompt; image i starts from noise of seed (seed, i)."""
     rows = prompts.metadata(split, per_task=per_task)
@@ -33,3 +41,17 @@ def judge_accuracy(
 def overall(counts: dict[str, tuple[int, int]]) -> float:
     """The unweighted mean of the tasks' accuracies, as in GenEval."""
     return float(np.mean([correct / total for correct, total in counts.values() if total]))
+
+
+GUIDANCES = (2.0, 3.0, 4.5, 6.0)
+
+
+def best_guidance(pipeline: StableDiffusionPipeline, steps: int, per_task: int = 24) -> tuple[float, dict[str, float]]:
+    """The guidance scale with the best overall accuracy on the validation split, and what each reached."""
+    reached = {str(g): overall(judge_accuracy(pipeline, steps=steps, guidance=g, split="validation", per_task=per_task)) for g in GUIDANCES}
+    return float(max(reached, key=reached.__getitem__)), reached
+
+
+def figures(counts: dict[str, tuple[int, int]]) -> dict[str, object]:
+    """Per task the accuracy with its 95 % (Wilson) interval, and the overall mean: what a card shows."""
+    return {task: card.interval(*pair) for task, pair in counts.items() if pair[1]} | {"overall": round(overall(counts), 4)}

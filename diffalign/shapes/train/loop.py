@@ -59,7 +59,7 @@ class Trainee:
     def save(self) -> None:
         tensors = {f"weight/{n}": p.detach() for n, p in self.parameters.items()}
         tensors |= {f"average/{n}": a for n, a in self.average.items()}
-        for (name, p) in self.parameters.items():
+        for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"adam.{key}/{name}"] = value
         self.state_path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +85,13 @@ class Trainee:
         """Put the averaged weights into the modules (at the end, before they are saved)."""
         for name, p in self.parameters.items():
             p.data.copy_(self.average[name])
+
+
+def progress(state_path: Path) -> tuple[int, float]:
+    """(steps done, seconds spent) of a stored training state."""
+    with safe_open(state_path, "pt") as file:
+        metadata = file.metadata()
+    return int(metadata["step"]), float(metadata["seconds"])
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:

@@ -110,8 +110,10 @@ def describe(caption: str) -> dict[int, dict[str, str]]:
     return said
 
 
-def train(run: Path, tokenizer: CLIPTokenizer, config: loop.LoopConfig = CONFIG, captions: int = CAPTIONS, device: str = "cpu") -> CLIPTextModel:
-    """Teach the encoder QUESTIONS: each noun's state answers for its own thing, the end token's for the first and for the second thing."""
+def train(
+    run: Path, tokenizer: CLIPTokenizer, config: loop.LoopConfig = CONFIG, captions: int = CAPTIONS, device: str = "cpu"
+) -> CLIPTextModel:
+    """Teach the encoder QUESTIONS: each noun's state answers for its thing, the end token's for the first and the second thing."""
     torch.manual_seed(config.seed)
     encoder = build_encoder(tokenizer).to(device)
     asked = ("noun", "end_first", "end_second")

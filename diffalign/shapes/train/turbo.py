@@ -31,19 +31,19 @@ LAST = 999  # the student's only timestep
 @dataclass(frozen=True)
 class TurboConfig:
     """guidance: the teacher's. pairs / pair_steps: how many teacher results the regression sees and their DDIM steps.
-    warm_steps: updates on the regression alone. fake_updates: updates of the fake score per student update."""
+    warm_steps: updates on the regression alone. batch / pair_batch: fresh noises and teacher pairs in every later update."""
 
     guidance: float = 3.0
-    pairs: int = 4096
+    pairs: int = 3072
     pair_steps: int = 8
-    warm_steps: int = 400
-    fake_updates: int = 1
+    warm_steps: int = 300
     regression_weight: float = 0.25
     fake_lr: float = 4e-4
-    batch: int = 32
+    batch: int = 24
+    pair_batch: int = 8
 
 
-CONFIG = loop.LoopConfig(steps=1800, lr=2e-4, seed=14, ema_decay=0.995, warmup=50)
+CONFIG = loop.LoopConfig(steps=1300, lr=3e-4, seed=14, ema_decay=0.99, warmup=50)
 
 
 @dataclass
@@ -128,19 +128,18 @@ def train(
     trainee = loop.Trainee({"student": student}, config, run / "turbo.safetensors")
     critic = loop.Trainee({"fake": fake}, replace(config, lr=turbo.fake_lr), run / "turbo_fake.safetensors")
 
-    def generate(noise: Tensor, rows: Tensor) -> Tensor:
-        return student(noise, torch.full((len(noise),), LAST), states[rows]).sample
-
-    def update_fake(generator: torch.Generator, step: int) -> None:
-        noise, rows = _draw(generator, turbo.batch, len(states))
-        with torch.no_grad():
-            x0 = generate(noise, rows)
-        t = torch.randint(20, 980, (turbo.batch,), generator=generator)
+    def noised(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """x0 at a random time each: (noisy, t, the noise)."""
+        t = torch.randint(20, 980, (len(x0),), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
         alpha = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-        predicted = fake(alpha.sqrt() * x0 + (1 - alpha).sqrt() * eps, t, states[rows]).sample
-        snr = alpha / (1 - alpha)
-        loss = (F.mse_loss(predicted, eps, reduction="none") * (snr.clamp(max=5) / snr)).mean()
+        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * eps, t, eps
+
+    def update_fake(x0: Tensor, rows: Tensor, generator: torch.Generator, step: int) -> None:
+        noisy, t, eps = noised(x0, generator)
+        snr = (scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])).view(-1, 1, 1, 1)
+        error = F.mse_loss(fake(noisy, t, states[rows]).sample, eps, reduction="none")
+        loss = (error * (snr.clamp(max=base.MIN_SNR_GAMMA) / snr)).mean()
         critic.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(fake.parameters(), 1.0)
@@ -148,29 +147,26 @@ def train(
         critic.step = step + 1
 
     def loss_of(step: int, generator: torch.Generator):
-        pick = torch.randint(len(noises), (turbo.batch,), generator=generator)
-        regression = F.mse_loss(generate(noises[pick], pair_rows[pick]), targets[pick])
-        if step < turbo.warm_steps:
+        warm = step < turbo.warm_steps
+        fresh = 0 if warm else turbo.batch
+        pick = torch.randint(len(noises), (turbo.batch + turbo.pair_batch - fresh,), generator=generator)
+        noise = torch.cat([torch.randn(fresh, *noises.shape[1:], generator=generator), noises[pick]])
+        rows = torch.cat([torch.randint(len(states), (fresh,), generator=generator), pair_rows[pick]])
+        x0 = student(noise, torch.full((len(noise),), LAST), states[rows]).sample
+        regression = F.mse_loss(x0[fresh:], targets[pick])
+        if warm:
             return regression, {"regression": regression.item()}
-        for _ in range(turbo.fake_updates):
-            update_fake(generator, step)
-        noise, rows = _draw(generator, turbo.batch, len(states))
-        x0 = generate(noise, rows)
+        x0, rows = x0[:fresh], rows[:fresh]
+        update_fake(x0.detach(), rows, generator, step)
         with torch.no_grad():
-            t = torch.randint(20, 980, (turbo.batch,), generator=generator)
-            alpha = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-            noisy = alpha.sqrt() * x0 + (1 - alpha).sqrt() * torch.randn(x0.shape, generator=generator)
+            noisy, t, _ = noised(x0, generator)
             real = teacher.x0(noisy, t, rows)
             imagined = to_x0(scheduler, noisy, fake(noisy, t, states[rows]).sample, t)
             direction = (imagined - real) / (x0 - real).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
-        matching = 0.5 * F.mse_loss(x0, (x0 - direction).detach())
-        loss = matching + turbo.regression_weight * regression
-        return loss, {"matching": matching.item(), "regression": regression.item()}
+        matching = 0.5 * F.mse_loss(x0, x0.detach() - direction)
+        figures = {"direction": direction.square().mean().item(), "regression": regression.item()}
+        return matching + turbo.regression_weight * regression, figures
 
     loop.train(trainee, loss_of, "shapes-turbo", companions=(critic,))
     trainee.use_average()
     return student.eval()
-
-
-def _draw(generator: torch.Generator, batch: int, captions: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, 8, 8, 8, generator=generator), torch.randint(captions, (batch,), generator=generator)
