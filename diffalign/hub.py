@@ -1,0 +1,224 @@
+"""Where names become objects: a pipeline from a preset, a Hub id or a folder, and a reward from names and weights.
+
+One of the few modules that wire the parts together. Folders and weights are checked by pipelines/integrity.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.resources
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffalign.rewards import RewardMix
+    from pipelines.aligned import AlignedPipeline
+    from pipelines.presets import Family, Preset
+
+logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load_pipeline(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> AlignedPipeline:
+    """A pipeline ready to call, from a preset ("sd-turbo"), a Hub id ("org/name") or a local folder in diffusers layout.
+
+    device: cuda where there is one, else cpu. dtype: float32 on a CPU, else the preset's own, float16 without one.
+    A preset's steps, guidance scale and image size become the call's defaults. No safety checker is loaded.
+
+    Raises: ValueError (unknown name, damaged folder), NotImplementedError (a model family we lack), FileNotFoundError (no such folder or
+    weights not trained yet), OSError (the Hub cannot be reached or refuses). Each names the argument or the file.
+    """
+    from pipelines import integrity, presets
+
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise TypeError(f"name must be a preset, a Hub id or a folder, got {name!r}")
+    text = str(name)
+    target = _device(device)
+    if text in presets.PRESETS:
+        preset = presets.get_preset(text)
+        family = presets.FAMILIES[preset.family]
+        if preset.source.startswith(presets.PACKAGED):
+            folder = _packaged_folder(preset.source.removeprefix(presets.PACKAGED), text)
+            return _from_folder(folder, family, preset, target, dtype)
+        return _from_hub(preset.source, family, preset, target, dtype)
+    folder = Path(text).expanduser()
+    if folder.exists():
+        family = presets.family_of_stock_class(integrity.stock_class(folder), what=f"the folder {folder}")
+        return _from_folder(folder, family, _preset_of_folder(folder), target, dtype)
+    if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise FileNotFoundError(f"there is no folder {folder}; give a folder in diffusers layout, a Hub id 'org/model' or a preset")
+    if HUB_ID.fullmatch(text):
+        stock_class = _stock_class_on_hub(text)
+        return _from_hub(text, presets.family_of_stock_class(stock_class, what=repr(text)), presets.preset_of_source(text), target, dtype)
+    presets.get_preset(text)  # raises, with a suggestion
+    raise AssertionError(text)
+
+
+def load_reward(spec: str | Mapping[str, float], *, watch: Sequence[str] = (), device: str | torch.device | None = None) -> RewardMix:
+    """A mix of reward models: a name, or names with weights ({"shapes-clip": 1.0, "shapes-preference": 0.5}).
+
+    watch: further rewards that are scored and reported but not optimised. device: cuda where there is one, else cpu.
+    Raises ValueError for an unknown name (with a hint), an empty spec, a weight that is zero or not finite; TypeError for wrong types.
+    """
+    members = _reward_weights(spec)
+    if isinstance(watch, str):
+        raise TypeError(f"watch must be a list of reward names, got the string {watch!r}; write watch=[{watch!r}]")
+    import reward_models
+    from diffalign.rewards import RewardMix
+
+    for name in [*members, *watch]:
+        if name not in reward_models.NAMES:
+            close = difflib.get_close_matches(str(name), reward_models.NAMES, n=1, cutoff=0.5)
+            hint = f" did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown reward {name!r};{hint} rewards are {', '.join(reward_models.NAMES)}")
+    if both := [name for name in watch if name in members]:
+        raise ValueError(f"watch holds {both[0]!r}, which is optimised already and reported anyway; name it in one place")
+    target = str(_device(device))
+    return RewardMix(
+        {name: (reward_models.load(name, device=target), weight) for name, weight in members.items()},
+        watched={name: reward_models.load(name, device=target) for name in dict.fromkeys(watch)},
+    )
+
+
+def _reward_weights(spec: Any) -> dict[str, float]:
+    if isinstance(spec, str):
+        return {spec: 1.0}
+    if not isinstance(spec, Mapping):
+        raise TypeError(f"spec must be a reward's name or a mapping from names to weights, got {type(spec).__name__}")
+    if not spec:
+        raise ValueError("spec is empty; name at least one reward, as in {'shapes-clip': 1.0}")
+    for name, weight in spec.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"the weight of reward {name!r} must be a number, got {weight!r}")
+        if not math.isfinite(weight) or weight == 0:
+            raise ValueError(
+                f"the weight of reward {name!r} must be finite and not zero, got {weight}; to report without optimising use watch"
+            )
+    return {name: float(weight) for name, weight in spec.items()}
+
+
+def _device(device: Any) -> torch.device:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:1' or the like, got {device!r}") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use device='cpu'")
+    return target
+
+
+def _dtype(dtype: Any, device: torch.device, preset: Preset | None) -> torch.dtype:
+    import torch
+
+    if dtype is None:
+        dtype = "float32" if device.type == "cpu" else (preset.half if preset else "float16")
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    return chosen
+
+
+def _packaged_folder(inside: str, name: str) -> Path:
+    folder = Path(str(importlib.resources.files("diffalign").joinpath(*inside.split("/"))))
+    if not (folder / "model_index.json").exists():
+        raise FileNotFoundError(f"the weights of {name!r} are not at {folder}; make them with `python -m diffalign.shapes.train`")
+    return folder
+
+
+def _preset_of_folder(folder: Path) -> Preset | None:
+    """The packaged preset that lives in this folder: its path and its name must mean the same model and the same settings."""
+    from pipelines import presets
+
+    for preset in presets.PRESETS.values():
+        if preset.source.startswith(presets.PACKAGED):
+            packaged = importlib.resources.files("diffalign").joinpath(*preset.source.removeprefix(presets.PACKAGED).split("/"))
+            if Path(str(packaged)).resolve() == folder.resolve():
+                return preset
+    return None
+
+
+def _stock_class_on_hub(source: str) -> str:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return str(DiffusionPipeline.load_config(source)["_class_name"])
+    except Exception as error:
+        raise _hub_error(source, error) from error
+
+
+def _hub_error(source: str, error: Exception) -> OSError:
+    return OSError(
+        f"could not load {source!r} from the Hugging Face Hub ({_first_sentence(error)}); check the name, the connection, and whether the "
+        "model asks you to log in and accept its licence, or give a local folder"
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _from_hub(source: str, family: Family, preset: Preset | None, device: torch.device, dtype: Any) -> AlignedPipeline:
+    import torch
+
+    from pipelines import integrity
+
+    chosen = _dtype(dtype, device, preset)
+    variant = preset.variant if preset and chosen != torch.float32 else None
+    cls = getattr(importlib.import_module(family.module), family.aligned_class)
+    try:
+        pipeline = cls.from_pretrained(
+            source, dtype=chosen, variant=variant, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+        )
+    except Exception as error:
+        raise _hub_error(source, error) from error
+    for name, component in integrity.weighted(pipeline).items():
+        integrity.require_finite(component, f"component {name!r} of {source!r}", chosen)
+    return _finish(pipeline, preset, device)
+
+
+def _from_folder(folder: Path, family: Family, preset: Preset | None, device: torch.device, dtype: Any) -> AlignedPipeline:
+    from pipelines import integrity
+
+    files = integrity.check_files(folder)
+    chosen = _dtype(dtype, device, preset)
+    variants = {integrity.variant(file) for component in files.values() for file in component}
+    cls = getattr(importlib.import_module(family.module), family.aligned_class)
+    try:
+        pipeline = cls.from_pretrained(
+            folder,
+            dtype=chosen,
+            variant=variants.pop() if len(variants) == 1 else None,
+            use_safetensors=True,
+            local_files_only=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except Exception as error:
+        raise ValueError(f"could not load the pipeline in {folder}: {_first_sentence(error)}") from error
+    for name, component in integrity.weighted(pipeline).items():
+        integrity.require_complete(component, files.get(name, []))
+        integrity.require_finite(component, " and ".join(map(str, files.get(name, []))) or str(folder / name), chosen)
+    return _finish(pipeline, preset, device)
+
+
+def _finish(pipeline: AlignedPipeline, preset: Preset | None, device: torch.device) -> AlignedPipeline:
+    if preset is not None and preset.scheduler is not None:
+        import diffusers
+
+        pipeline.scheduler = getattr(diffusers, preset.scheduler).from_config(pipeline.scheduler.config)
+    if preset is not None:
+        pipeline.defaults = preset.defaults()
+    return pipeline.to(device)

@@ -1,0 +1,235 @@
+"""AlignedPipeline: a stock diffusers pipeline whose call also takes plugins= and seed=, and that is differentiable from noise to image.
+
+The stock denoising loop is reused, never copied: `Pipeline.__call__.__wrapped__` is the stock call without its `no_grad`. It is given
+the encoded prompts and the noise, and asked for latents; we decode those ourselves, because the stock decoder path detaches.
+A family file adds what differs: `encode`, `noise_shape`, `decode`, and which stock arguments make sense during a search.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from torch import Tensor
+
+from diffalign.types import NoiseMethod, NoiseProblem, StepMethod
+from pipelines import inputs, state
+from pipelines.outputs import AlignedOutput, Conditioning
+
+Progress = Callable[[int, Mapping[str, Sequence[float]]], None]
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class AlignedPipeline:
+    """Mixin, to stand before the stock class: `class Aligned...(AlignedPipeline, StableDiffusionPipeline)`."""
+
+    stock_class: ClassVar[type]
+    denoiser: ClassVar[str]  # the component that predicts the noise: "unet" or "transformer"
+    search_arguments: ClassVar[frozenset[str]]  # stock arguments of the sampler itself, the same for every sample
+    encode_arguments: ClassVar[frozenset[str]]  # stock arguments that only the text encoder needs
+    defaults: Mapping[str, Any] = MappingProxyType({})  # stock arguments used where the caller gives none; set by presets
+
+    # ---- what a family provides -------------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str], negative_prompt: str | Sequence[str] | None = None, **arguments: Any) -> Conditioning:
+        """Encode prompts once; `arguments` are from `encode_arguments`."""
+        raise NotImplementedError
+
+    def noise_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Shape of one sample's noise for an image of that many pixels; the model's own size where not given."""
+        raise NotImplementedError
+
+    def decode(self, latents: Float[Tensor, "b ..."]) -> Float[Tensor, "b 3 h w"]:
+        """Latents, as the stock call returns them for output_type="latent", to float32 images in [0, 1]; differentiable.
+
+        The clamp to [0, 1] is part of it, as in ReNO and in the stock call: a saturated pixel passes no gradient.
+        """
+        raise NotImplementedError
+
+    def draw_noise(self, generators: Sequence[torch.Generator], height: int | None = None, width: int | None = None) -> Tensor:
+        """Unit-variance float32 noise, sample i from generators[i]: what the stock call draws from such a list, before rounding to half."""
+        shape = (len(generators), *self.noise_shape(height, width))
+        return randn_tensor(shape, generator=list(generators), device=self._execution_device, dtype=torch.float32)
+
+    # ---- noise to images --------------------------------------------------------------------------------------------------------
+
+    def noise_to_images(
+        self,
+        noise: Float[Tensor, "b ..."],
+        conditioning: Conditioning,
+        arguments: Mapping[str, Any] | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        output_type: str = "pt",
+    ) -> Float[Tensor, "b ..."]:
+        """Float32 images in [0, 1] (or latents, for output_type "latent") from unit-variance noise; differentiable in everything.
+
+        arguments: stock arguments from `search_arguments`; `defaults` fill in the rest. generators: one for each sample, for samplers that
+        draw noise at every step. Gradients also reach parameters that require them; a search freezes those first.
+        """
+        arguments = inputs.fill_defaults(dict(arguments or {}), self.defaults)
+        inputs.refuse(arguments, self.search_arguments, "noise_to_images")
+        self._check_noise("noise", noise, len(conditioning), arguments)
+        network = getattr(self, self.denoiser)
+        if noise.requires_grad and torch.is_grad_enabled() and hasattr(network, "_hf_hook"):
+            raise RuntimeError("gradients cannot flow through CPU offloading, which moves the weights away before the backward pass; "
+                               "load the pipeline without it or use a method that needs no gradient")  # fmt: skip
+        call = getattr(super().__call__, "__wrapped__", None)
+        if call is None:
+            raise RuntimeError(f"{self.stock_class.__name__}.__call__ has no __wrapped__ in this version of diffusers; use diffusers 0.42")
+        latents = call(
+            self,
+            prompt=None,
+            **conditioning.tensors,
+            **arguments,
+            latents=noise.to(self._execution_device, network.dtype),
+            generator=None if generators is None else list(generators),
+            output_type="latent",
+            return_dict=False,
+        )[0]
+        return latents if output_type == "latent" else self.decode(latents)
+
+    # ---- the call ---------------------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *positional: Any,
+        plugins: Sequence[NoiseMethod | StepMethod] = (),
+        seed: int | Sequence[int] | None = None,
+        progress: Progress | None = None,
+        **stock: Any,
+    ) -> AlignedOutput | tuple[Any, ...]:
+        """Generate images; everything the stock call takes works here too, and with plugins=() the result is the stock one to the bit.
+
+        seed: sample i has a generator of its own seeded with seed + i (or seed[i]); samples of one prompt lie side by side, as in the stock
+        call. None draws fresh seeds, which the output reports. The stock equivalent is generator=[torch.Generator().manual_seed(s), ...].
+        plugins: at most one search over noise, and any number of step methods. progress(iteration, scores) is called by a search after
+        every evaluation. A search starts from `latents` where given, so `out.noise` can be improved further.
+
+        Raises TypeError / ValueError naming the argument; see pipelines/inputs.py.
+        """
+        method, steps = inputs.sort_plugins(plugins)
+        arguments = inputs.bind_stock(super().__call__, self.stock_class.__name__, prompt, positional, stock)
+        inputs.fill_defaults(arguments, self.defaults)
+        prompts = None if arguments.get("prompt_embeds") is not None else inputs.check_prompts(arguments.get("prompt"))
+        per_prompt = arguments.get("num_images_per_prompt") or 1
+        count = per_prompt * (len(arguments["prompt_embeds"]) if prompts is None else len(prompts))
+        if arguments.get("generator") is None:
+            seeds = inputs.resolve_seeds(seed, count)
+        elif seed is None and method is None:
+            seeds = None
+        else:
+            reason = "a search over noise needs to know the seeds" if seed is None else "both were given"
+            raise ValueError(f"pass seed= instead of generator=: {reason}")
+        if method is not None and prompts is None:
+            raise ValueError("prompt_embeds cannot be used with a search over noise, whose reward reads the prompt; pass prompt=")
+        cut = None if prompts is None else self._report_cut_text(prompts, arguments.get("negative_prompt"), per_prompt)
+        if method is not None:
+            samples = [row for row in range(len(prompts)) for _ in range(per_prompt)]
+            return self._search(method, steps, arguments, prompts, samples, seeds, cut, progress)
+        if prompts is not None:
+            arguments["prompt"] = prompts[0] if isinstance(prompt, str) else prompts
+        if seeds is not None:
+            generators = inputs.make_generators(seeds)
+            arguments["generator"] = generators[0] if count == 1 else generators
+        if arguments.get("latents") is not None:
+            # what a search returns is float32; the stock call would hand that to half-precision weights as it is
+            arguments["latents"] = arguments["latents"].to(getattr(self, self.denoiser).dtype)
+        with ExitStack() as stack:
+            stack.enter_context(state.without_stock_truncation_warnings(self.stock_class.__module__))
+            for step in steps:
+                stack.enter_context(step.attach(self))
+            output = super().__call__(**arguments)
+        if isinstance(output, tuple):
+            return output
+        return AlignedOutput(output.images, getattr(output, "nsfw_content_detected", None), seeds, cut)
+
+    def _search(
+        self,
+        method: NoiseMethod,
+        steps: Sequence[StepMethod],
+        arguments: dict[str, Any],
+        prompts: list[str],
+        samples: list[int],
+        seeds: list[int],
+        cut: list[str | None],
+        progress: Progress | None,
+    ) -> AlignedOutput | tuple[Any, ...]:
+        """One NoiseMethod over this pipeline. Sample i is made from prompts[samples[i]]."""
+        consumed = {"prompt", "num_images_per_prompt", "negative_prompt", "latents", "output_type", "return_dict", "generator"}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        inputs.refuse(given, self.search_arguments | self.encode_arguments | consumed, f"the search {method.name!r}")
+        output_type = arguments.get("output_type") or "pil"
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if getattr(self, "safety_checker", None) is not None:
+            raise ValueError("a search over noise does not run the safety checker; load the pipeline with safety_checker=None")
+        sampler = {name: given[name] for name in self.search_arguments & given.keys()}
+        height, width = sampler.get("height"), sampler.get("width")
+        with ExitStack() as stack:
+            # also inside a caller's no_grad or inference_mode (web servers use them) a search needs gradients of its own
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.callback(self.maybe_free_model_hooks)  # our own decode leaves an offloaded VAE on the accelerator
+            for change in (state.frozen, state.silent_progress, state.own_scheduler):
+                stack.enter_context(change(self))
+            for step in steps:
+                stack.enter_context(step.attach(self))
+            extra = {name: given[name] for name in self.encode_arguments & given.keys()}
+            conditioning = self.encode(prompts, arguments.get("negative_prompt"), **extra).rows(samples)
+            generators = inputs.make_generators(seeds)
+            if (start := arguments.get("latents")) is None:
+                start = self.draw_noise(generators, height, width)
+            self._check_noise("latents", start, len(samples), sampler)
+            noise = start.detach().clone().to(self._execution_device, torch.float32)
+            # a sampler that draws noise at every step repeats the same noise in every evaluation, and goes on where the stock call would
+            states = [generator.get_state() for generator in generators]
+
+            def run(noise: Tensor, rows: Sequence[int], output_type: str) -> Tensor:
+                own = [inputs.continue_generator(states[row]) for row in rows]
+                return self.noise_to_images(noise, conditioning.rows(rows), sampler, own, output_type)
+
+            def generate(noise: Float[Tensor, "k ..."], rows: Sequence[int]) -> Float[Tensor, "k 3 h w"]:
+                return run(noise, rows, "pt")
+
+            result = method.search(NoiseProblem(noise, conditioning.prompts, seeds, generate, progress))
+            best, first = result.images.detach(), result.initial_images.detach()
+            if output_type == "latent":
+                with torch.no_grad():
+                    best, first = (run(each, range(len(samples)), "latent") for each in (result.noise, noise))
+        done = [False] * len(samples)  # already in [0, 1]
+        images, initial = (self.image_processor.postprocess(each, output_type, do_denormalize=done) for each in (best, first))
+        if arguments.get("return_dict") is False:
+            return images, None
+        return AlignedOutput(images, None, seeds, cut, result.trace, result.noise.detach().float(), initial)
+
+    # ---- small change -----------------------------------------------------------------------------------------------------------
+
+    def _check_noise(self, name: str, noise: Tensor, count: int, arguments: Mapping[str, Any]) -> None:
+        expected = (count, *self.noise_shape(arguments.get("height"), arguments.get("width")))
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected} for these prompts and this image size, got {tuple(noise.shape)}")
+
+    def cut_text(self, prompts: Sequence[str]) -> list[str | None]:
+        """For each prompt the end that does not fit into the text encoder, as written; None where all of it does."""
+        return inputs.text_cut_off(self.tokenizer, prompts)
+
+    def _report_cut_text(self, prompts: list[str], negative: str | list[str] | None, per_prompt: int) -> list[str | None]:
+        cut = self.cut_text(prompts)
+        inputs.warn_of_cut_text(prompts, cut, self.tokenizer.model_max_length)
+        if negative is not None:
+            negative = inputs.check_prompts(negative, "negative_prompt")
+            inputs.warn_of_cut_text(negative, self.cut_text(negative), self.tokenizer.model_max_length, "negative prompt")
+        return [text for text in cut for _ in range(per_prompt)]
+
+    def to_json_string(self) -> str:
+        """model_index.json, under the stock class's name, so that any diffusers installation loads what we save."""
+        config = json.loads(super().to_json_string())
+        return json.dumps({**config, "_class_name": self.stock_class.__name__}, indent=2, sort_keys=True) + "\n"
