@@ -1,0 +1,72 @@
+"""Differentiable preprocessing: what an image processor does to a PIL image, done to a float tensor, with gradients.
+
+Resizing is bicubic with antialiasing, as PIL's; the three geometries are those of open_clip and transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Images = Float[Tensor, "b 3 h w"]
+
+GEOMETRIES = ("shortest+crop", "longest+pad", "squash")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From images "b 3 h w" in [0, 1] to normalised "b 3 size size", in float32 or better.
+
+    geometry: "shortest+crop" scales the shorter side to `size` and crops the centre; "longest+pad" scales the longer side and pads with
+    black, before normalisation; "squash" scales both sides. round_crop: an odd crop margin is rounded half to even (torchvision, open_clip)
+    rather than down (transformers).
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    geometry: str = "shortest+crop"
+    round_crop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.geometry not in GEOMETRIES:
+            raise ValueError(f"geometry must be one of {', '.join(GEOMETRIES)}; got {self.geometry!r}")
+        if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"size must be positive, mean and std three numbers, std positive; got {self.size}, {self.mean}, {self.std}")
+
+    def __call__(self, images: Images) -> Images:
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        images = self.shape(images)
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+    def shape(self, images: Images) -> Images:
+        """The geometry alone: "b 3 size size" in [0, 1]."""
+        height, width = images.shape[-2:]
+        n = self.size
+        if self.geometry == "squash":
+            return resize(images, n, n)
+        if self.geometry == "shortest+crop":
+            short, long = min(height, width), max(height, width)
+            longer = int(n * long / short)  # truncated, as torchvision and transformers do
+            images = resize(images, *((n, longer) if height <= width else (longer, n)))
+            top, left = (self._margin(side) for side in images.shape[-2:])
+            return images[..., top : top + n, left : left + n]
+        scale = n / max(height, width)
+        images = resize(images, max(round(height * scale), 1), max(round(width * scale), 1))
+        below, right = (n - side for side in images.shape[-2:])
+        return F.pad(images, (right // 2, right - right // 2, below // 2, below - below // 2))
+
+    def _margin(self, side: int) -> int:
+        return round((side - self.size) / 2) if self.round_crop else (side - self.size) // 2
+
+
+def resize(images: Images, height: int, width: int) -> Images:
+    """Bicubic with antialiasing, then cut to [0, 1], beyond which bicubic overshoots and PIL cannot. Nothing happens at equal size."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

@@ -1,0 +1,45 @@
+"""`shapes-aesthetic`: a small head on the patch features of shapes-clip that scores composition from 0 to 10, whatever the prompt.
+
+The folder holds the head alone (head.safetensors, config.json); the features come from the shapes-clip folder beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+from torch import Tensor, nn
+
+from reward_models.base import Images, RewardModel, Scores
+from reward_models.checkpoints import load_strict, read_json, read_weights
+from reward_models.shapes_clip import load_open_clip
+from reward_models.spec import Spec
+
+KEYS = ("features", "width", "patches", "channels", "hidden")
+
+
+class ShapesAesthetic(RewardModel):
+    """What is "well composed" is stated in diffalign/shapes/train/rewards_aesthetic.py and in the weights' card."""
+
+    def __init__(self, spec: Spec, folder: Path) -> None:
+        super().__init__(spec)
+        path = folder / "config.json"
+        config = read_json(path, spec.name, KEYS)
+        clip, self.pixels = load_open_clip(folder.parent / str(config["features"]), spec.name)
+        self.tower: open_clip.transformer.VisionTransformer = clip.visual
+        self.tower.output_tokens = True  # its call then gives (embedding, patch features)
+        width, patches, channels, hidden = (config[key] for key in KEYS[1:])
+        grid = self.tower.positional_embedding.shape
+        if (patches, width) != (grid[0] - 1, grid[1]):
+            raise ValueError(f"{path} asks for {patches} patches of width {width}, but the features are {grid[0] - 1} of {grid[1]}")
+        self.head = nn.Sequential(
+            nn.Linear(width, channels), nn.GELU(), nn.Flatten(), nn.Linear(channels * patches, hidden), nn.GELU(), nn.Linear(hidden, 1)
+        )
+        weights = folder / "head.safetensors"
+        load_strict(self.head, read_weights(weights, spec.name), weights)
+        self.train(False)
+
+    def score(self, images: Images, texts: Tensor | None) -> Scores:
+        dtype = self.head[0].weight.dtype
+        _, patches = self.tower(self.pixels(images).to(dtype))
+        return self.head(patches.to(dtype)).squeeze(1)
