@@ -1,0 +1,86 @@
+"""Tiny random checkpoints of the trained rewards, in exactly the layout of the real ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import reward_models
+
+PROMPTS = ["a red circle", "a photo of a blue square above a red ring", "three stars"]
+
+
+def layout(tokenizer) -> dict:
+    return {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 2.0},
+        "text_cfg": {
+            "context_length": tokenizer.model_max_length,
+            "vocab_size": len(tokenizer),
+            "hf_tokenizer_name": "./",
+            "width": 48,
+            "heads": 3,
+            "layers": 2,
+            "mlp_ratio": 3.0,
+            "pool_type": "eos",
+            "eos_id": tokenizer.eos_token_id,
+            "pad_id": tokenizer.pad_token_id,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from diffalign.shapes.train.text import build_tokenizer
+
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tokenizer):
+    """A random open_clip model in float32, with biases and layer norms away from their initial zeros and ones."""
+    import open_clip
+
+    torch.manual_seed(5)
+    model = open_clip.CLIP(**layout(tokenizer))
+    for name, p in model.named_parameters():
+        if name != "logit_scale":
+            p.data.add_(0.05 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory, tokenizer, tiny_clip) -> Path:
+    """The folder that holds shapes-clip, shapes-preference and shapes-aesthetic. Tests that damage it copy it first."""
+    from diffalign.shapes.train.rewards_aesthetic import build_head
+    from diffalign.shapes.train.rewards_clip import save_clip
+    from diffalign.shapes.train.rewards_convert import convert, save_half
+    from diffalign.shapes.train.rewards_preference import save_preference
+
+    root = tmp_path_factory.mktemp("rewards")
+    save_clip(root / "shapes-clip", tiny_clip, layout(tokenizer), tokenizer)
+    save_preference(root / "shapes-preference", convert(layout(tokenizer), tiny_clip.state_dict()), tokenizer)
+    head = {"features": "shapes-clip", "width": 32, "patches": 16, "channels": 4, "hidden": 8}
+    torch.manual_seed(6)
+    save_half(build_head(32, 16, 4, 8).state_dict(), root / "shapes-aesthetic" / "head.safetensors")
+    (root / "shapes-aesthetic" / "config.json").write_text(json.dumps(head))
+    return root
+
+
+@pytest.fixture(scope="session")
+def load(weights):
+    """load(name): a fresh reward, from the tiny checkpoints where it has weights."""
+
+    def fresh(name: str, root: Path = weights):
+        return reward_models.load(name, folder=root / name if reward_models.SPECS[name].weights else None)
+
+    return fresh
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Three images with values well inside [0, 1]."""
+    return 0.3 + 0.4 * torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,152 @@
+"""Damaged and missing files are named; unknown rewards get a suggestion."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import reward_models
+
+TRAINED = [name for name, spec in reward_models.SPECS.items() if spec.weights]
+FILES = {
+    "shapes-clip": ("open_clip_config.json", "model.safetensors", "tokenizer.json"),
+    "shapes-preference": ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"),
+    "shapes-aesthetic": ("config.json", "head.safetensors"),
+}
+MAIN = {"shapes-clip": "model.safetensors", "shapes-preference": "model.safetensors", "shapes-aesthetic": "head.safetensors"}
+
+
+@pytest.fixture
+def root(weights, tmp_path):
+    """A copy of the checkpoints, to be damaged."""
+    return shutil.copytree(weights, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("shape-clip", "shapes-clip"), ("shapes-preferences", "shapes-preference"), ("bright", "brightness")]
+)
+def test_unknown_names_get_a_suggestion(name, near):
+    with pytest.raises(ValueError, match=f"unknown reward '{name}'; did you mean '{near}'"):
+        reward_models.load(name)
+
+
+def test_a_name_like_no_other_gets_the_list():
+    with pytest.raises(ValueError, match="unknown reward 'qqqq'; rewards are shapes-clip, "):
+        reward_models.load("qqqq")
+
+
+def test_a_folder_for_a_reward_without_weights_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'brightness' has no weights to load; leave folder away"):
+        reward_models.load("brightness", folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_missing_folder_is_named(load, tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"{name}.* is missing; train it with"):
+        load(name, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
+def test_a_missing_file_is_named(load, root, name, file):
+    (root / name / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}/{file} is missing"):
+        load(name, root)
+
+
+def test_the_head_says_when_its_features_are_missing(load, root):
+    shutil.rmtree(root / "shapes-clip")
+    with pytest.raises(FileNotFoundError, match=r"shapes-clip/open_clip_config\.json is missing"):
+        load("shapes-aesthetic", root)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("size", [0, 5, 200, -10])
+def test_a_truncated_file_is_named(load, root, name, size):
+    path = root / name / MAIN[name]
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"{name}/{MAIN[name]} is truncated or no safetensors file"):
+        load(name, root)
+
+
+def change(path, edit) -> None:
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(load, root, name, value):
+    path = root / name / MAIN[name]
+    key = sorted(load_file(path))[0]
+    change(path, lambda tensors: tensors[key].view(-1)[:1].fill_(value))
+    with pytest.raises(ValueError, match=f"{name}/{MAIN[name]}: tensor '{key}' has values that are not finite"):
+        load(name, root)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_tensor_is_accounted_for(load, root, name):
+    path = root / name / MAIN[name]
+    key = sorted(load_file(path))[0]
+    change(path, lambda tensors: tensors.update({"stray": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"does not fit the model .* unexpected: stray"):
+        load(name, root)
+    change(path, lambda tensors: (tensors.pop("stray"), tensors.update({key: torch.zeros(1, 2, 3)})))
+    with pytest.raises(ValueError, match=f"of another shape: {key}"):
+        load(name, root)
+    change(path, lambda tensors: tensors.pop(key))
+    with pytest.raises(ValueError, match=f"missing: {key}"):
+        load(name, root)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_configurations_are_checked(load, root, name):
+    path = root / name / FILES[name][0]
+    whole = json.loads(path.read_text())
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=f"{path.name} is not valid JSON"):
+        load(name, root)
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match=f"{path.name} must be a JSON object with the keys"):
+        load(name, root)
+    lacking = {key: value for key, value in whole.items() if key not in ("preprocess_cfg", "text_config", "width")}
+    path.write_text(json.dumps(lacking))
+    with pytest.raises(ValueError, match=r"with the keys .*(preprocess_cfg|text_config|width)"):
+        load(name, root)
+
+
+def test_a_setting_open_clip_does_not_know_is_named(load, root):
+    path = root / "shapes-clip" / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["vision_cfg"]["wdith"] = 3
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"open_clip_config\.json does not describe an open_clip model .*wdith"):
+        load("shapes-clip", root)
+
+
+def test_a_head_of_another_width_is_refused(load, root):
+    path = root / "shapes-aesthetic" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"width": 31}))
+    with pytest.raises(ValueError, match="asks for 16 patches of width 31, but the features are 16 of 32"):
+        load("shapes-aesthetic", root)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("resample", 2), ("size", {"height": 64, "width": 32}), ("size", {"shortest_edge": 64}), ("image_mean", None)],
+)
+def test_preprocessing_we_lack_is_refused(load, root, setting, value):
+    path = root / "shapes-preference" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json describes a preprocessing we do not have"):
+        load("shapes-preference", root)
+
+
+def test_a_broken_tokenizer_is_named(load, root):
+    (root / "shapes-clip" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the tokenizer in .*shapes-clip cannot be read"):
+        load("shapes-clip", root)
