@@ -1,0 +1,140 @@
+"""GenEval's 553 prompts with their metadata, made again from the recipe of the release rather than copied: the same bytes, and checked.
+
+Source: Ghosh et al., "GenEval" (arXiv 2310.11513), whose released rows come from one NumPy generator with seed 43. Each row is what the
+rule engine (`geneval_rules`) judges by:
+
+    {"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "tv", "count": 1, "position": ["left of", 0]}], "prompt": ...}
+
+`include` clauses must all hold, `exclude` clauses (counting only) must not. The README of the release speaks of 553 prompts, several
+papers of 552; there are 553.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from diffalign.benchmarks.geneval_rules import COLORS, RELATIONS
+
+# The 80 detection classes of COCO in its order, the detector's class index; GenEval renamed three (mouse, remote, keyboard).
+# fmt: off
+OBJECTS: tuple[str, ...] = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
+    "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
+    "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat",
+    "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl",
+    "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone",
+    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier",
+    "toothbrush",
+)
+# fmt: on
+NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
+DRAWS_PER_TASK = 100  # of every task but single_object; exact duplicates go afterwards
+SEED = 43
+SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # of the released evaluation_metadata.jsonl
+
+Row = dict[str, Any]
+
+
+def metadata() -> list[Row]:
+    """The 553 rows in file order, the caller's own to change. Raises RuntimeError where NumPy draws other numbers."""
+    return copy.deepcopy(_checked_rows())
+
+
+def jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as the release's file holds them: one JSON object per line, keys in the order given."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def article(word: str) -> str:
+    """ "a" or "an" by the first letter, which is what the release does: "an umbrella", and "an orange cup"."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def plural(name: str) -> str:
+    """The release's plural, ungrammatical where English is irregular: "knifes", "benchs", "skises"."""
+    return name + ("es" if name.endswith("s") else "s")
+
+
+@lru_cache(maxsize=1)
+def _checked_rows() -> list[Row]:
+    rows = _draw(np.random.default_rng(SEED))
+    found = hashlib.sha256(jsonl(rows).encode()).hexdigest()
+    if found != SHA256:
+        raise RuntimeError(
+            f"NumPy {np.__version__} draws other GenEval prompts than the released ones (sha256 {found[:8]} instead of {SHA256[:8]}); "
+            "use a NumPy whose Generator.choice gives the same stream, such as 2.4"
+        )
+    return rows
+
+
+def _draw(rng: np.random.Generator) -> list[Row]:
+    """All tasks from one generator. The order of the calls is the recipe: a call more or less changes every later row."""
+    rows = [_single(OBJECTS[i]) for i in rng.choice(len(OBJECTS), len(OBJECTS), replace=False)]
+    for _ in range(DRAWS_PER_TASK):
+        rows.append(_two(*(OBJECTS[i] for i in rng.choice(len(OBJECTS), 2, replace=False))))
+    for _ in range(DRAWS_PER_TASK):
+        name = OBJECTS[rng.choice(len(OBJECTS))]
+        rows.append(_counting(name, int(rng.integers(2, 4, endpoint=True))))
+    for _ in range(DRAWS_PER_TASK):
+        name = OBJECTS[rng.choice(len(OBJECTS) - 1) + 1]  # no person, whose colour is not asked for
+        rows.append(_colors(name, COLORS[rng.choice(len(COLORS))]))
+    for _ in range(DRAWS_PER_TASK):
+        subject, target = (OBJECTS[i] for i in rng.choice(len(OBJECTS), 2, replace=False))
+        rows.append(_position(subject, target, RELATIONS[rng.choice(len(RELATIONS))]))
+    for _ in range(DRAWS_PER_TASK):
+        names = [OBJECTS[i + 1] for i in rng.choice(len(OBJECTS) - 1, 2, replace=False)]
+        rows.append(_color_attr(names, [COLORS[i] for i in rng.choice(len(COLORS), 2, replace=False)]))
+    first_of_each: dict[str, Row] = {}
+    for row in rows:
+        first_of_each.setdefault(json.dumps(row), row)
+    return list(first_of_each.values())
+
+
+def _single(name: str) -> Row:
+    return {"tag": "single_object", "include": [_clause(name)], "prompt": f"a photo of {article(name)} {name}"}
+
+
+def _two(a: str, b: str) -> Row:
+    prompt = f"a photo of {article(a)} {a} and {article(b)} {b}"
+    return {"tag": "two_object", "include": [_clause(a), _clause(b)], "prompt": prompt}
+
+
+def _counting(name: str, count: int) -> Row:
+    """Exactly `count`: at least that many, and not one more."""
+    return {
+        "tag": "counting",
+        "include": [_clause(name, count)],
+        "exclude": [_clause(name, count + 1)],
+        "prompt": f"a photo of {NUMBER_WORDS[count]} {plural(name)}",
+    }
+
+
+def _colors(name: str, color: str) -> Row:
+    return {"tag": "colors", "include": [{**_clause(name), "color": color}], "prompt": f"a photo of {article(color)} {color} {name}"}
+
+
+def _position(subject: str, target: str, relation: str) -> Row:
+    """The target comes first in `include`, since a position names an earlier clause by its index."""
+    return {
+        "tag": "position",
+        "include": [_clause(target), {**_clause(subject), "position": [relation, 0]}],
+        "prompt": f"a photo of {article(subject)} {subject} {relation} {article(target)} {target}",
+    }
+
+
+def _color_attr(names: Sequence[str], colors: Sequence[str]) -> Row:
+    phrases = [f"{article(color)} {color} {name}" for name, color in zip(names, colors, strict=True)]
+    clauses = [{**_clause(name), "color": color} for name, color in zip(names, colors, strict=True)]
+    return {"tag": "color_attr", "include": clauses, "prompt": f"a photo of {phrases[0]} and {phrases[1]}"}
+
+
+def _clause(name: str, count: int = 1) -> Row:
+    return {"class": name, "count": count}
