@@ -5,11 +5,8 @@ One of the few modules that wire the parts together. Folders and weights are che
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.resources
-import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +18,6 @@ if TYPE_CHECKING:
     from diffalign.rewards import RewardMix
     from pipelines.aligned import AlignedPipeline
     from pipelines.presets import Family, Preset
-
-logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -45,10 +40,12 @@ def load_pipeline(name: str | Path, *, device: str | torch.device | None = None,
     if text in presets.PRESETS:
         preset = presets.get_preset(text)
         family = presets.FAMILIES[preset.family]
-        if preset.source.startswith(presets.PACKAGED):
-            folder = _packaged_folder(preset.source.removeprefix(presets.PACKAGED), text)
-            return _from_folder(folder, family, preset, target, dtype)
-        return _from_hub(preset.source, family, preset, target, dtype)
+        packaged = _packaged_path(preset)
+        if packaged is None:
+            return _from_hub(preset.source, family, preset, target, dtype)
+        if not (packaged / "model_index.json").exists():
+            raise FileNotFoundError(f"the weights of {text!r} are not at {packaged}; make them with `python -m diffalign.shapes.train`")
+        return _from_folder(packaged, family, preset, target, dtype)
     folder = Path(text).expanduser()
     if folder.exists():
         family = presets.family_of_stock_class(integrity.stock_class(folder), what=f"the folder {folder}")
@@ -68,41 +65,23 @@ def load_reward(spec: str | Mapping[str, float], *, watch: Sequence[str] = (), d
     watch: further rewards that are scored and reported but not optimised. device: cuda where there is one, else cpu.
     Raises ValueError for an unknown name (with a hint), an empty spec, a weight that is zero or not finite; TypeError for wrong types.
     """
-    members = _reward_weights(spec)
-    if isinstance(watch, str):
-        raise TypeError(f"watch must be a list of reward names, got the string {watch!r}; write watch=[{watch!r}]")
     import reward_models
     from diffalign.rewards import RewardMix
 
-    for name in [*members, *watch]:
-        if name not in reward_models.NAMES:
-            close = difflib.get_close_matches(str(name), reward_models.NAMES, n=1, cutoff=0.5)
-            hint = f" did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown reward {name!r};{hint} rewards are {', '.join(reward_models.NAMES)}")
-    if both := [name for name in watch if name in members]:
-        raise ValueError(f"watch holds {both[0]!r}, which is optimised already and reported anyway; name it in one place")
-    target = str(_device(device))
-    return RewardMix(
-        {name: (reward_models.load(name, device=target), weight) for name, weight in members.items()},
-        watched={name: reward_models.load(name, device=target) for name in dict.fromkeys(watch)},
-    )
-
-
-def _reward_weights(spec: Any) -> dict[str, float]:
-    if isinstance(spec, str):
-        return {spec: 1.0}
-    if not isinstance(spec, Mapping):
+    weights = {spec: 1.0} if isinstance(spec, str) else spec
+    if not isinstance(weights, Mapping):
         raise TypeError(f"spec must be a reward's name or a mapping from names to weights, got {type(spec).__name__}")
-    if not spec:
+    if not weights:
         raise ValueError("spec is empty; name at least one reward, as in {'shapes-clip': 1.0}")
-    for name, weight in spec.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"the weight of reward {name!r} must be a number, got {weight!r}")
-        if not math.isfinite(weight) or weight == 0:
-            raise ValueError(
-                f"the weight of reward {name!r} must be finite and not zero, got {weight}; to report without optimising use watch"
-            )
-    return {name: float(weight) for name, weight in spec.items()}
+    if isinstance(watch, str):
+        raise TypeError(f"watch must be a list of reward names, got the string {watch!r}; write watch=[{watch!r}]")
+    for name in (*weights, *watch):
+        reward_models.spec_of(name)  # every name is known before the first one loads
+    target = str(_device(device))
+    members = {name: (reward_models.load(name, device=target), weight) for name, weight in weights.items()}
+    # a name in both is RewardMix's to refuse, but not worth loading twice
+    watched = {name: members[name][0] if name in members else reward_models.load(name, device=target) for name in watch}
+    return RewardMix(members, watched)
 
 
 def _device(device: Any) -> torch.device:
@@ -130,11 +109,13 @@ def _dtype(dtype: Any, device: torch.device, preset: Preset | None) -> torch.dty
     return chosen
 
 
-def _packaged_folder(inside: str, name: str) -> Path:
-    folder = Path(str(importlib.resources.files("diffalign").joinpath(*inside.split("/"))))
-    if not (folder / "model_index.json").exists():
-        raise FileNotFoundError(f"the weights of {name!r} are not at {folder}; make them with `python -m diffalign.shapes.train`")
-    return folder
+def _packaged_path(preset: Preset) -> Path | None:
+    """Where a preset of the package's own has its weights; None for one of the Hub's."""
+    from pipelines import presets
+
+    if not preset.source.startswith(presets.PACKAGED):
+        return None
+    return Path(str(importlib.resources.files("diffalign").joinpath(*preset.source.removeprefix(presets.PACKAGED).split("/"))))
 
 
 def _preset_of_folder(folder: Path) -> Preset | None:
@@ -142,10 +123,9 @@ def _preset_of_folder(folder: Path) -> Preset | None:
     from pipelines import presets
 
     for preset in presets.PRESETS.values():
-        if preset.source.startswith(presets.PACKAGED):
-            packaged = importlib.resources.files("diffalign").joinpath(*preset.source.removeprefix(presets.PACKAGED).split("/"))
-            if Path(str(packaged)).resolve() == folder.resolve():
-                return preset
+        packaged = _packaged_path(preset)
+        if packaged is not None and packaged.resolve() == folder.resolve():
+            return preset
     return None
 
 

@@ -1,0 +1,65 @@
+"""The table of models: complete, honest about what is implemented, and light to import."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from pipelines import presets
+
+REQUIRED = "shapes shapes-turbo sd15 sd21 sd-turbo sdxl sdxl-turbo pixart-dmd hyper-sdxl flux-schnell sana-sprint sd3.5-medium"  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REQUIRED.split())
+def test_every_row_is_usable(name):
+    preset = presets.PRESETS[name]
+    assert preset.name == name
+    assert preset.steps >= 1
+    assert preset.guidance_scale >= 0
+    assert preset.height % 8 == preset.width % 8 == 0
+    assert preset.licence
+    assert preset.half in ("float16", "bfloat16", "float32")
+    if not preset.source.startswith(presets.PACKAGED):
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", preset.source)
+    expected = {"num_inference_steps", "guidance_scale", "height", "width"} | ({"timesteps"} if preset.timesteps else set())
+    assert set(preset.defaults()) == expected
+    assert len(preset.timesteps or ()) in (0, preset.steps)
+
+
+def test_names_are_unique():
+    assert len(presets.PRESETS) == len(presets._TABLE)
+
+
+def test_unknown_names_get_a_suggestion():
+    with pytest.raises(ValueError, match=r"unknown pipeline 'sd-turb'; did you mean 'sd-turbo'\? presets are shapes, "):
+        presets.get_preset("sd-turb")
+    with pytest.raises(ValueError, match="unknown pipeline 'qqqqqq'; presets are shapes"):
+        presets.get_preset("qqqqqq")
+
+
+def test_families_that_are_missing_say_what_is_there():
+    assert presets.get_preset("sd-turbo").source == "stabilityai/sd-turbo"
+    with pytest.raises(
+        NotImplementedError, match=r"pipeline 'sdxl' belongs to the family 'stable-diffusion-xl'.*stable-diffusion \(presets shapes, "
+    ):
+        presets.get_preset("sdxl")
+    with pytest.raises(NotImplementedError, match=r"the folder x is a FluxPipeline.*StableDiffusionPipeline \(stable-diffusion\)"):
+        presets.family_of_stock_class("FluxPipeline", "the folder x")
+    assert set(presets.supported()) == {"shapes", "shapes-turbo", "sd15", "sd21", "sd-turbo"}
+
+
+def test_a_hub_id_finds_its_preset_where_that_is_unambiguous():
+    assert presets.preset_of_source("stabilityai/sd-turbo") is presets.PRESETS["sd-turbo"]
+    assert (
+        presets.preset_of_source("stabilityai/stable-diffusion-xl-base-1.0") is presets.PRESETS["sdxl"]
+    )  # hyper-sdxl needs more than its source
+    assert presets.preset_of_source("someone/else") is None
+
+
+def test_listing_names_imports_nothing_heavy():
+    heavy = "[m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules]"
+    code = f"import sys, diffalign, pipelines.presets, diffalign.hub; print({heavy})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
