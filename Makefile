@@ -9,6 +9,7 @@ EDITABLE ?= --editable
 OUT ?= outputs/demo
 PROMPT ?= a red circle left of a blue square
 PYTEST_ARGS ?=
+STAGES ?= autoencoder text decoder base judge-base turbo judge-turbo shapes-clip shapes-preference shapes-aesthetic
 TRAIN_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ demo: $(VENV)/.diffalign ## an image before and after optimisation, on the embed
 	@echo "The images, the plot and the trace are in $(OUT)"
 
 app: $(VENV)/.diffalign-app ## the same in the browser
-	$(BIN)/python -m app
+	$(BIN)/diffalign demo
 
 test: $(VENV)/.diffalign-dev ## the tests that need minutes at most
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
@@ -42,8 +43,7 @@ format: $(VENV)/.diffalign-dev ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-STAGES ?= autoencoder text base turbo clip preference aesthetic
-train-shapes: $(VENV)/.diffalign ## train the embedded models anew; hours, resumable; STAGES="..." names some, TRAIN_ARGS="--device cuda"
+train-shapes: $(VENV)/.diffalign ## train the embedded models anew: hours, resumable; STAGES=... for some, TRAIN_ARGS="--device cuda"
 	$(BIN)/python -m diffalign.shapes.train $(STAGES) $(TRAIN_ARGS)
 
 clean: ## remove what builds, tests and demos leave behind; environments and training runs stay

@@ -99,15 +99,22 @@ def test_a_blot_is_found_but_does_not_pass_for_a_shape():
     assert not detector.judge_image(image, row).correct
 
 
-@pytest.mark.parametrize("kinds", [("square", "square"), ("circle", "star"), ("triangle", "heart")])
-def test_two_things_grown_together_pass_for_neither(kinds):
-    a, b = (Thing(shape, "blue", x, y, 11) for shape, x, y in zip(kinds, (22, 38), (25, 38), strict=True))
-    image = render(Scene((a, b)))
-    ((_, (blob,)),) = detector.detect(image).items()
-    assert 0.3 < blob.score < detector.LIMITS.threshold
-    for shape in kinds:
-        row = {"tag": "single_object", "include": [{"class": shape, "count": 1}]}
-        assert not detector.judge_image(image, row).correct
+def grown_together(rng: np.random.Generator, count: int) -> list[tuple[str, Detection]]:
+    """What is detected where two things of one colour overlap a little or touch, at random angles, and are seen as one region."""
+    blobs = []
+    while len(blobs) < count:
+        shapes, angle, distance = rng.choice(SHAPES, size=2), rng.uniform(0, 2 * np.pi), rng.uniform(16.5, 22)
+        dx, dy = np.cos(angle) * distance / 2, np.sin(angle) * distance / 2
+        pair = Scene((Thing(str(shapes[0]), "blue", 32 - dx, 32 - dy, 11), Thing(str(shapes[1]), "blue", 32 + dx, 32 + dy, 11)))
+        found = [(shape, d) for shape, group in detector.detect(render(pair)).items() for d in group]
+        blobs += found if len(found) == 1 else []
+    return blobs
+
+
+@pytest.mark.xfail(strict=True, reason="each axis is scaled to the template's box by itself, so an elongated region can pass: 4 in 10 do")
+def test_two_things_grown_together_do_not_pass_for_one():
+    blobs = grown_together(np.random.default_rng(0), 200)
+    assert sum(blob.score > detector.LIMITS.threshold for _, blob in blobs) <= 0.05 * len(blobs)
 
 
 def scene_for(row: dict, rng: np.random.Generator) -> Scene:
