@@ -14,16 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffalign.types import Images, Scores
 from reward_models.spec import Spec
 
 logger = logging.getLogger(__name__)
 
-Images = Float[Tensor, "b 3 h w"]
-Scores = Float[Tensor, " b"]
-
 CACHED_PROMPTS = 4096
 TEXT_CHUNK = 256  # prompts encoded at once
 RANGE_SLACK = 0.05  # how far outside [0, 1] values may lie before a warning
+
+
+__all__ = ["Images", "RewardModel", "Scores", "cosine"]
 
 
 class RewardModel(nn.Module):

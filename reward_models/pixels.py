@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
-Images = Float[Tensor, "b 3 h w"]
+from diffalign.types import Images
 
 GEOMETRIES = ("shortest+crop", "longest+pad", "squash")
 

@@ -55,6 +55,19 @@ def test_the_pool_says_the_truth(pool):
     assert not wrong[torch.arange(60), torch.arange(60)].any()
 
 
+def test_every_other_picture_of_the_pool_may_pass_through_an_autoencoder(tokenizer):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    small = AutoencoderKL(block_out_channels=(4,), latent_channels=2, norm_num_groups=2, sample_size=64, mid_block_add_attention=False)
+    plain = rewards_clip.draw_pool(3, 4, tokenizer)
+    passed, again = (rewards_clip.draw_pool(3, 4, tokenizer, small) for _ in range(2))
+    assert torch.equal(passed.images, again.images)
+    assert torch.equal(passed.images[1::2], plain.images[1::2])
+    assert all(not torch.equal(a, b) for a, b in zip(passed.images[::2], plain.images[::2], strict=True))
+    assert torch.equal(passed.true_ids, plain.true_ids)
+
+
 def test_patch_labels_name_what_lies_there():
     from tests.reward_models.test_training_scenes import RED_LEFT_OF_BLUE
 

@@ -17,6 +17,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from diffalign.shapes.scenes import COLORS, SHAPES, SIZE, render
 from diffalign.shapes.train import card, loop
 from diffalign.shapes.train import rewards_scenes as worlds
 from diffalign.shapes.train.rewards_convert import save_half
-from diffalign.shapes.train.rewards_images import disturb, ruin
+from diffalign.shapes.train.rewards_images import autoencoded, disturb, ruin
 from diffalign.shapes.train.rewards_report import RETRIEVAL_NOTE, SPLITS, retrieval
 
 CONFIG = loop.LoopConfig(steps=2000, lr=1.2e-3, seed=21, warmup=100, ema_decay=0.995, weight_decay=0.02, save_every=200)
@@ -97,8 +98,8 @@ class Pool:
     wrong_claims: Int[Tensor, "m w 6"]
 
 
-def draw_pool(count: int, seed: int, tokenizer: CLIPTokenizer) -> Pool:
-    """`count` training scenes and a twin of each. The same seed gives the same pool."""
+def draw_pool(count: int, seed: int, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL | None = None) -> Pool:
+    """`count` training scenes and a twin of each; every other picture passed through the autoencoder. The same seed gives the same pool."""
     rng = np.random.default_rng([seed, 0])
     scenes, twins = [], []
     for _ in tqdm(range(count), desc="drawing scenes and twins", mininterval=5):
@@ -115,6 +116,8 @@ def draw_pool(count: int, seed: int, tokenizer: CLIPTokenizer) -> Pool:
         true.append([*captions, long_caption(rng, scene) if len(scene.things) <= 2 else captions[0]])
         wrong.append(worlds.wrong_captions(rng, scene, WRONG_CAPTIONS))
     images = torch.from_numpy(np.stack([render(scene) for scene in tqdm(scenes, desc="drawing", mininterval=5)]))
+    if autoencoder is not None:
+        images[::2] = autoencoded(images[::2], autoencoder, seed)
     return Pool(images, worlds.tabulate(scenes), _ids(tokenizer, true), _claims(true), _ids(tokenizer, wrong), _claims(wrong))
 
 
@@ -227,16 +230,20 @@ def train_clip(
     folder: Path,
     config: loop.LoopConfig = CONFIG,
     scenes: int = SCENES,
+    autoencoder: AutoencoderKL | None = None,
     device: str = "cpu",
     command: str = "python -m diffalign.shapes.train shapes-clip",
     per_kind: int = 200,
 ) -> Path:
-    """Train (or resume from `run`) and write `folder`: open_clip_config.json, model.safetensors (float16), tokenizer, card. Returns it."""
+    """Train (or resume from `run`) and write `folder`: open_clip_config.json, model.safetensors (float16), tokenizer, card. Returns it.
+
+    autoencoder: the generators' own; with it the reward learns on their kind of pictures too, which is where it will be used.
+    """
     torch.manual_seed(config.seed)
     layout = model_config(tokenizer)
     model, heads = build_clip(layout).to(device), Heads().to(device)
     trainee = loop.Trainee({"clip": model, "heads": heads}, config, run / "clip.safetensors")
-    pool = draw_pool(scenes, config.seed, tokenizer)
+    pool = draw_pool(scenes, config.seed, tokenizer, autoencoder)
     model.visual.output_tokens = True
     loop.train(trainee, clip_loss(model, heads, pool, device), "shapes-clip")
     model.visual.output_tokens = False
@@ -251,7 +258,12 @@ def train_clip(
         config=config,
         seconds=trainee.seconds,
         figures=figures,
-        data={"scenes": scenes, "twins": scenes, "batch": f"{BATCH} images, {BATCH * (1 + WRONG_COLUMNS)} captions"},
+        data={
+            "scenes": scenes,
+            "twins": scenes,
+            "through the autoencoder": "every other picture" if autoencoder else "none",
+            "batch": f"{BATCH} images, {BATCH * (1 + WRONG_COLUMNS)} captions",
+        },
         device=device,
         notes=[
             "An open_clip CLIP (ViT, 64 px, patch 8) trained from nothing on scenes of the shapes world. Score: 100 x cosine.",

@@ -1,20 +1,23 @@
 """What is done to the images the rewards are trained on, so that they hold up where a one-step generator and an optimiser take them.
 
-`disturb` leaves a picture's meaning alone (noise, blotches, blur, brightness, a faint second picture); `ruin` destroys it.
-Images are "b 3 h w" floats in [0, 1]; everything random comes from the generator given, on the CPU, so runs repeat anywhere.
+`disturb` leaves a picture's meaning alone (noise, blotches, blur, brightness, a faint second picture), and so does `autoencoded` (what the
+generators' decoder makes of a picture); `ruin` destroys it. Images are "b 3 h w" floats in [0, 1]; everything random comes from the generator given, on the CPU, so runs repeat anywhere.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from diffusers import AutoencoderKL
+from jaxtyping import Float, UInt8
 from torch import Tensor
+from tqdm import tqdm
 
-Images = Float[Tensor, "b 3 h w"]
+from diffalign.types import Images
 
 UNTOUCHED = 0.25  # share of images that `disturb` leaves as they are
 NOISE, BLOTCHES, BLUR, SHIFT, CONTRAST, GHOST = 0.08, 0.06, 1.0, 0.08, 0.15, 0.15  # the strongest of each disturbance
+LATENT_NOISE = 0.25  # strongest noise on latents of unit deviation
 BLOCK = 16  # pixels; the side of the blocks that `ruin` shuffles
 
 
@@ -59,3 +62,17 @@ def ruin(images: Images, generator: torch.Generator) -> Images:
     drowned = F.interpolate(F.interpolate(images, size=side // 8, mode="area"), size=side, mode="bilinear") + noise
     way = torch.randint(3, (b, 1, 1, 1), generator=generator).to(images.device)
     return torch.where(way == 0, shuffled, torch.where(way == 1, mixed, drowned.clamp(0, 1)))
+
+
+@torch.no_grad()
+def autoencoded(images: UInt8[Tensor, "n h w 3"], autoencoder: AutoencoderKL, seed: int, batch: int = 128) -> UInt8[Tensor, "n h w 3"]:
+    """Pictures encoded, their latents shaken a little, each with its own strength, and decoded: pictures of the generators' kind."""
+    generator = torch.Generator().manual_seed(seed)
+    deviation, device = 1 / autoencoder.config.scaling_factor, autoencoder.device
+    parts = []
+    for some in tqdm(images.split(batch), desc="through the autoencoder", mininterval=5):
+        latents = autoencoder.encode(some.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean
+        noise = torch.randn(latents.shape, generator=generator) * torch.rand(len(some), 1, 1, 1, generator=generator)
+        decoded = autoencoder.decode(latents + LATENT_NOISE * deviation * noise.to(device)).sample
+        parts.append(((decoded + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu())
+    return torch.cat(parts)
