@@ -1,7 +1,8 @@
 """What is done to the images the rewards are trained on, so that they hold up where a one-step generator and an optimiser take them.
 
 `disturb` leaves a picture's meaning alone (noise, blotches, blur, brightness, a faint second picture), and so does `autoencoded` (what the
-generators' decoder makes of a picture); `ruin` destroys it. Images are "b 3 h w" floats in [0, 1]; everything random comes from the generator given, on the CPU, so runs repeat anywhere.
+generators' decoder makes of a picture); `ruin` destroys it. Images are "b 3 h w" floats in [0, 1] unless said otherwise; everything
+random comes from the generator or seed given, on the CPU, so runs repeat anywhere.
 """
 
 from __future__ import annotations
