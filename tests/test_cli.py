@@ -1,0 +1,205 @@
+"""The command line before anything heavy loads: help, names, numbers, and options from a file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffalign import __version__
+from diffalign.cli import build_parser, main
+from diffalign.commands import config, options
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "diffusers", "transformers", "numpy", "matplotlib", "gradio")
+
+
+def parse(*arguments):
+    return build_parser().parse_args([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["generate", "--help"],
+        ["bench", "--help"],
+        ["demo", "--help"],
+        ["generate", "a star", "--pipeline", "shapes-trubo"],
+        ["generate", "a star", "--reward", "shapes-clap=1"],
+        ["generate"],
+    ],
+)
+def test_help_and_mistakes_answer_before_anything_heavy_is_imported(arguments):
+    code = f"""
+import sys
+from diffalign.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"diffalign {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pipeline", "shapes-trubo"], "did you mean 'shapes-turbo'?"),
+        (["--pipeline", "flux-schnell"], "not implemented yet; supported are"),
+        (["--reward", "shapes-clap=1"], "unknown reward 'shapes-clap'; did you mean 'shapes-clip'?"),
+        (["--watch", "britghness"], "did you mean 'brightness'?"),
+        (["--method", "ren0"], "unknown method 'ren0'; did you mean 'reno'?"),
+        (["--method", "zzz"], "known: none, best-of-n, reno"),
+        (["--reward", "shapes-clip=nan"], "must be a finite number other than 0"),
+        (["--reward", "shapes-clip=inf"], "must be a finite number other than 0"),
+        (["--reward", "shapes-clip=0"], "must be a finite number other than 0"),
+        (["--reward", "shapes-clip="], "must be a finite number other than 0"),
+        (["--reward", "shapes-clip=much"], "got 'much'"),
+        (["--seed", "-1"], "must be a whole number, between 0"),
+        (["--seed", "1.5"], "must be a whole number, between 0"),
+        (["--iterations", "0"], "must be a whole number, at least 1; got '0'"),
+        (["--batch-size", "none"], "must be a whole number, at least 1; got 'none'"),
+        (["--steps", "-3"], "at least 1"),
+        (["--guidance-scale", "nan"], "must be a finite number of at least 0; got 'nan'"),
+        (["--dtype", "float8"], "invalid choice: 'float8'"),
+        (["--sed", "1"], "unrecognized arguments: --sed 1"),
+    ],
+)
+def test_wrong_arguments_are_one_line_that_says_what_to_do(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "a star", *arguments])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["bench", "shape"], ["bnch"], []])
+def test_unknown_commands_and_benchmarks(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_rewards_add_up_over_repeated_options():
+    args = parse(
+        "generate",
+        "a star",
+        "--reward",
+        "shapes-clip=2",
+        "brightness",
+        "--reward",
+        "shapes-aesthetic=-0.5",
+        "--watch",
+        "jpeg-compressibility",
+    )
+    assert options.reward_mix(args) == {"shapes-clip": 2.0, "brightness": 1.0, "shapes-aesthetic": -0.5}
+    assert args.watch == ["jpeg-compressibility"]
+
+
+@pytest.mark.parametrize(
+    "extra", [["--reward", "brightness=1", "--reward", "brightness=2"], ["--reward", "brightness", "--watch", "brightness"]]
+)
+def test_a_reward_given_twice_is_an_error(extra):
+    with pytest.raises(ValueError, match="brightness is given more than once"):
+        options.reward_mix(parse("generate", "a star", *extra))
+
+
+def test_default_reward_is_for_the_shapes_alone():
+    assert options.reward_mix(parse("generate", "a star")) == options.DEFAULT_REWARD
+    with pytest.raises(ValueError, match="--reward is needed with --pipeline sd-turbo"):
+        options.reward_mix(parse("generate", "a star", "--pipeline", "sd-turbo"))
+
+
+def test_a_hub_id_and_a_folder_pass_as_pipelines(tmp_path):
+    assert parse("generate", "a", "--pipeline", "org/model").pipeline == "org/model"
+    assert parse("generate", "a", "--pipeline", tmp_path).pipeline == str(tmp_path)
+
+
+def test_batch_size_defaults_to_one_except_for_the_small_models():
+    assert options.batch_size(parse("generate", "a"), 16) == 16
+    assert options.batch_size(parse("generate", "a", "--pipeline", "sd-turbo"), 16) == 1
+    assert options.batch_size(parse("generate", "a", "--batch-size", "3"), 16) == 3
+
+
+def test_finite_or_none_reaches_every_number():
+    nan = float("nan")
+    assert options.finite_or_none({"a": [1.0, nan], "b": {"c": (float("inf"), 2)}, "d": "nan"}) == {
+        "a": [1.0, None],
+        "b": {"c": [None, 2]},
+        "d": "nan",
+    }
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_config_gives_options_and_the_command_line_overrides_them(tmp_path):
+    file = write(
+        tmp_path / "c.yaml",
+        "limit: 12\nreward: {shapes-clip: 1.0, brightness: -0.5}\nmethod: [none, reno]\noverwrite: true\nwatch: null\nseed: 4\n",
+    )
+    args = parse(*config.expand(["bench", "shapes", "--config", file, "--seed", "9", "--method", "best-of-n"]))
+    assert (args.limit, args.seed, args.method, args.overwrite, args.watch) == (12, 9, ["best-of-n"], True, None)
+    assert dict(args.reward) == {"shapes-clip": 1.0, "brightness": -0.5}
+
+
+def test_evaluations_and_iterations_are_one_option(tmp_path):
+    file = write(tmp_path / "c.yaml", "evaluations: 10\n")
+    assert parse(*config.expand(["bench", "shapes", "--config", file])).iterations == 10
+    assert parse(*config.expand(["bench", "shapes", "--config", file, "--iterations", "5"])).iterations == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("limt: 3", "unrecognized arguments: --limt 3"),
+        ("limit: many", "must be a whole number"),
+        ("- a\n- b", "must be a mapping of options"),
+        ("a: [", "is not valid YAML"),
+        ("reward: [{a: 1}]", "must be a value, a list or a flat mapping"),
+        ("config: other.yaml", "cannot name another config"),
+    ],
+)
+def test_a_bad_config_is_named(tmp_path, text, message, capsys):
+    file = write(tmp_path / "c.yaml", text)
+    try:
+        code = main(["bench", "shapes", "--config", file])
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_config_is_named(capsys):
+    assert main(["bench", "shapes", "--config", "absent.yaml"]) == 1
+    assert "absent.yaml does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "bench").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_bench_config_is_valid(file):
+    args = parse(*config.expand(["bench", "shapes", "--config", str(file)]))
+    assert options.reward_mix(args)
+
+
+def test_the_app_is_missed_politely(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "app", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo"]) == 1
+    assert "pip install 'diffalign[app]'" in capsys.readouterr().err
