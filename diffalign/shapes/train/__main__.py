@@ -10,7 +10,20 @@ from pathlib import Path
 
 import torch
 
-from diffalign.shapes.train import autoencoder, base, card, evaluate, export, loop, text, turbo
+from diffalign.shapes.train import (
+    autoencoder,
+    base,
+    card,
+    evaluate,
+    export,
+    loop,
+    rewards,
+    rewards_aesthetic,
+    rewards_clip,
+    rewards_preference,
+    text,
+    turbo,
+)
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
@@ -82,6 +95,22 @@ def judge_turbo(args: argparse.Namespace) -> None:
     )
 
 
+def train_clip(args: argparse.Namespace) -> None:
+    _, tokenizer, _ = export.load_parts(args.run)
+    config = _config(rewards_clip.CONFIG, args)
+    rewards.train_clip(args.run, tokenizer, args.weights / "shapes-clip", config=config, device=args.device)
+
+
+def train_preference(args: argparse.Namespace) -> None:
+    config = _config(rewards_preference.CONFIG, args)
+    rewards.train_preference(args.run, args.weights / "shapes-clip", args.weights / "shapes-preference", config=config, device=args.device)
+
+
+def train_aesthetic(args: argparse.Namespace) -> None:
+    config = _config(rewards_aesthetic.CONFIG, args)
+    rewards.train_aesthetic(args.run, args.weights / "shapes-clip", args.weights / "shapes-aesthetic", config=config, device=args.device)
+
+
 def _write_card(
     args: argparse.Namespace, folder: Path, stage: str, config: loop.LoopConfig, *, data: dict, figures: dict, notes: list[str]
 ) -> None:
@@ -107,6 +136,9 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "judge-base": judge_base,
     "turbo": train_turbo,
     "judge-turbo": judge_turbo,
+    "shapes-clip": train_clip,
+    "shapes-preference": train_preference,
+    "shapes-aesthetic": train_aesthetic,
 }
 
 

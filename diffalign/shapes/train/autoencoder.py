@@ -19,7 +19,7 @@ CONFIG = loop.LoopConfig(steps=2800, lr=3e-3, seed=11, ema_decay=0.995)
 BATCH = 16
 SCENES = 12_000
 KL_WEIGHT = 1e-6
-DECODER_CONFIG = loop.LoopConfig(steps=2000, lr=1.5e-3, seed=15, ema_decay=0.995, warmup=50)
+DECODER_CONFIG = loop.LoopConfig(steps=1400, lr=2e-3, seed=15, ema_decay=0.995, warmup=50)
 FOREGROUND_WEIGHT = 4.0  # added to the 1 that every pixel has, where a shape is within two pixels
 
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffalign.shapes.train import data, loop, text
 
-CONFIG = loop.LoopConfig(steps=7000, lr=1e-3, seed=13, ema_decay=0.9995, warmup=300)
+CONFIG = loop.LoopConfig(steps=6000, lr=1e-3, seed=13, ema_decay=0.9995, warmup=300)
 BATCH = 32
 SCENES = 30_000
 EMPTY_PROMPTS = 0.1
@@ -47,6 +47,7 @@ def build_scheduler(**changes: object) -> DDIMScheduler:
         "clip_sample": False,
         "set_alpha_to_one": True,
         "timestep_spacing": "trailing",
+        "steps_offset": 1,  # unused by "trailing"; the stock pipeline warns of anything else
         "prediction_type": "epsilon",
     }
     return DDIMScheduler(**settings | changes)

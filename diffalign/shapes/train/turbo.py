@@ -34,16 +34,16 @@ class TurboConfig:
     warm_steps: updates on the regression alone. batch / pair_batch: fresh noises and teacher pairs in every later update."""
 
     guidance: float = 3.0
-    pairs: int = 3072
-    pair_steps: int = 8
-    warm_steps: int = 300
+    pairs: int = 2048
+    pair_steps: int = 6
+    warm_steps: int = 250
     regression_weight: float = 0.25
     fake_lr: float = 4e-4
     batch: int = 24
     pair_batch: int = 8
 
 
-CONFIG = loop.LoopConfig(steps=1300, lr=3e-4, seed=14, ema_decay=0.99, warmup=50)
+CONFIG = loop.LoopConfig(steps=1050, lr=3e-4, seed=14, ema_decay=0.99, warmup=50)
 
 
 @dataclass
@@ -108,7 +108,7 @@ def train(
     tokenizer: CLIPTokenizer,
     config: loop.LoopConfig = CONFIG,
     turbo: TurboConfig = TurboConfig(),
-    scenes: int = 12_000,
+    scenes: int = 8_000,
 ) -> UNet2DConditionModel:
     """Distil (or resume); returns the averaged one-step U-Net. The text encoder stays the teacher's."""
     torch.manual_seed(config.seed)
