@@ -1,0 +1,119 @@
+"""T2I-CompBench's categories, its prompt lists as they lie in the user's clone, and the names that its evaluators read files by.
+
+Nothing is copied into this package: `source` is a clone of Karine-Huang/T2I-CompBench (MIT), its examples/dataset folder, or a URL of one.
+Each list is identified by the hash of its prompts, since they change: five of the 300 colour prompts were replaced on 2025-09-03, and every
+colour score published before used the older list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+UPSTREAM = "https://github.com/Karine-Huang/T2I-CompBench"
+IMAGES_PER_PROMPT = 10  # the paper's protocol, on the 300 prompts of the val split
+SPLITS = ("val", "val_seen", "val_unseen", "train")
+
+
+@dataclass(frozen=True)
+class Category:
+    """One category. `scorer` is what upstream judges it by; `result` the folder, inside the category's, that its scores are written to."""
+
+    name: str
+    scorer: str
+    result: str
+    plus_plus: bool = False  # only in T2I-CompBench++
+
+
+CATEGORIES: dict[str, Category] = {
+    category.name: category
+    for category in (
+        Category("color", "BLIP-VQA", "annotation_blip"),
+        Category("shape", "BLIP-VQA", "annotation_blip"),
+        Category("texture", "BLIP-VQA", "annotation_blip"),
+        Category("spatial", "2D spatial", "labels/annotation_obj_detection_2d"),
+        Category("3d_spatial", "3D spatial", "labels/annotation_obj_detection_3d", plus_plus=True),
+        Category("non_spatial", "CLIPScore", "annotation_clip"),
+        Category("numeracy", "numeracy", "annotation_num", plus_plus=True),
+        Category("complex", "3-in-1", "annotation_3_in_1"),
+    )
+}
+
+# First 16 digits of the sha256 of the prompts, joined by newlines -> what the list is called in results.
+KNOWN_LISTS = {
+    "c735840f3de60531": "color val of 2025-09-03",
+    "722d31a76d08f4c4": "color val before 2025-09-03",
+    "bf557e22414dbc69": "shape val",
+    "fa60c83f215a8753": "texture val",
+    "ae35e77cafeffb07": "spatial val",
+    "c9953597315f36a5": "3d_spatial val",
+    "2b9c2b1a26350308": "non_spatial val",
+    "dad8df141604b70b": "numeracy val",
+    "e23a7dfb80d4a4ee": "complex val",
+}
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Prompts in file order, and which list they are: its known name, or "unknown list" with the hash."""
+
+    prompts: tuple[str, ...]
+    version: str
+
+    @property
+    def is_official(self) -> bool:
+        return self.version in KNOWN_LISTS.values()
+
+
+def read_prompts(source: str | Path, category: str, split: str = "val") -> PromptList:
+    """The prompts of a category. Raises ValueError for an unknown category or split, or prompts that cannot be file names."""
+    if category not in CATEGORIES:
+        raise ValueError(f"category must be one of {', '.join(CATEGORIES)}; got {category!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    prompts = read_lines(source, f"{category}_{split}.txt")
+    for prompt in prompts:
+        if "_" in prompt or "/" in prompt:
+            raise ValueError(f"prompts become file names in which '_' and '/' have a meaning, so none may hold them; got {prompt!r}")
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    return PromptList(tuple(prompts), KNOWN_LISTS.get(digest, f"unknown list {digest}"))
+
+
+def read_lines(source: str | Path, file: str) -> list[str]:
+    """The lines of one of upstream's lists that are not blank. Raises FileNotFoundError saying where it was looked for."""
+    text = _read_url(str(source), file) if "://" in str(source) else find_file(source, file).read_text(encoding="utf-8")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def find_file(source: str | Path, file: str) -> Path:
+    """The file in a clone or in its examples/dataset."""
+    for folder in (Path(source), Path(source) / "examples" / "dataset"):
+        if (folder / file).is_file():
+            return folder / file
+    raise FileNotFoundError(f"{file} is neither in {source} nor in {source}/examples/dataset; give the folder of a clone of {UPSTREAM}")
+
+
+def _read_url(source: str, file: str) -> str:
+    url = f"{source.rstrip('/')}/{file}"
+    try:
+        with urllib.request.urlopen(url) as response:
+            return response.read().decode("utf-8")
+    except OSError as error:
+        raise FileNotFoundError(f"{url} cannot be read ({error}); give the URL of the raw files of examples/dataset, or a clone") from error
+
+
+def file_name(prompt: str, number: int) -> str:
+    """ "PROMPT_000012.png": `number` runs over all images of the category, prompt by prompt."""
+    return f"{prompt}_{number:06d}.png"
+
+
+def parse_name(name: str) -> tuple[str, int]:
+    """The prompt and the number in a file name. Raises ValueError where it has none."""
+    stem = PurePosixPath(name).stem
+    prompt, _, number = stem.partition("_")
+    number = number.rpartition("_")[2]
+    if not prompt or not number.isdigit():
+        raise ValueError(f"an image of T2I-CompBench is named PROMPT_000012.png; got {name!r}")
+    return prompt, int(number)
