@@ -25,7 +25,10 @@ LARGE_RADIUS = 11.5  # pixels; a thing at least this large is called large, othe
 
 
 def draw_scene(rng: np.random.Generator, split: str = "train") -> Scene:
-    """A random scene: one thing (20 %), two kinds of thing (50 %) or two to four of one kind (30 %).
+    """A random scene: one thing, two kinds of thing, or two to four of one kind.
+
+    The three forms are drawn 2 : 5 : 3 and crowded draws often find no place and are drawn anew, so that of training scenes about 35 %
+    hold one thing, 39 % two kinds and 26 % several of one kind (four of a kind: 3 %).
 
     For split="train" no held-out pair ever appears; for the others every combination may.
     """

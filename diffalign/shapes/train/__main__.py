@@ -34,7 +34,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
 
 
 def train_decoder(args: argparse.Namespace) -> None:
-    vae, _, _ = export.load_parts(args.run)
+    vae = export.load_autoencoder(args.run)
     model = autoencoder.train_decoder(args.run, vae, _config(autoencoder.DECODER_CONFIG, args), device=args.device)
     export.save(model, args.run / "vae")
 
@@ -54,7 +54,7 @@ def train_base(args: argparse.Namespace) -> None:
 
 
 def train_turbo(args: argparse.Namespace) -> None:
-    vae, _, _ = export.load_parts(args.run)
+    vae = export.load_autoencoder(args.run)
     teacher = export.load_pipeline(args.weights / "shapes")
     config = _config(turbo.CONFIG, args)
     unet = turbo.train(args.run, teacher.unet, teacher.text_encoder, teacher.tokenizer, config)
@@ -96,9 +96,9 @@ def judge_turbo(args: argparse.Namespace) -> None:
 
 
 def train_clip(args: argparse.Namespace) -> None:
-    _, tokenizer, _ = export.load_parts(args.run)
+    vae, tokenizer, _ = export.load_parts(args.run)
     config = _config(rewards_clip.CONFIG, args)
-    rewards.train_clip(args.run, tokenizer, args.weights / "shapes-clip", config=config, device=args.device)
+    rewards.train_clip(args.run, tokenizer, args.weights / "shapes-clip", config=config, device=args.device, autoencoder=vae)
 
 
 def train_preference(args: argparse.Namespace) -> None:

@@ -21,16 +21,24 @@ def save(part: object, folder: Path) -> None:
     os.replace(temporary, folder)
 
 
+def load_autoencoder(run: Path) -> AutoencoderKL:
+    """The autoencoder that the stages "autoencoder" and "decoder" left in `run`."""
+    return AutoencoderKL.from_pretrained(_made_by("autoencoder", run / "vae")).eval()
+
+
 def load_parts(run: Path) -> tuple[AutoencoderKL, CLIPTokenizer, CLIPTextModel]:
-    """The autoencoder, tokenizer and pretrained text encoder that the stages "autoencoder" and "text" left in `run`."""
-    for stage, name in (("autoencoder", "vae"), ("text", "tokenizer"), ("text", "text_encoder")):
-        if not (run / name).is_dir():
-            raise FileNotFoundError(f"{run / name} is missing; run `python -m diffalign.shapes.train {stage} --run {run}` first")
+    """The autoencoder, and the tokenizer and pretrained text encoder that the stage "text" left in `run`."""
     return (
-        AutoencoderKL.from_pretrained(run / "vae").eval(),
-        CLIPTokenizer.from_pretrained(run / "tokenizer"),
-        CLIPTextModel.from_pretrained(run / "text_encoder"),
+        load_autoencoder(run),
+        CLIPTokenizer.from_pretrained(_made_by("text", run / "tokenizer")),
+        CLIPTextModel.from_pretrained(_made_by("text", run / "text_encoder")),
     )
+
+
+def _made_by(stage: str, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing; run `python -m diffalign.shapes.train {stage} --run {folder.parent}` first")
+    return folder
 
 
 def save_pipeline(
