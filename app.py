@@ -229,11 +229,11 @@ def show(image: Any) -> Image.Image | None:
 
 def scores_table(seen: Sequence[Mapping[str, float]]) -> pd.DataFrame:
     """Every reward's gain over its first score, since the rewards' own scales differ."""
+    names = list(seen[0]) if seen else []
+    if any(all(scores["total"] == scores[name] for scores in seen) for name in names if name != "total"):
+        names.remove("total")  # one reward of weight 1: the total is that line again
     rows = [
-        {"evaluation": i, "reward": name, "gain": round(value - seen[0][name], 6)}
-        for i, scores in enumerate(seen)
-        for name, value in scores.items()
-        if name != "total" or len(scores) > 2  # with one reward the total is that reward again
+        {"evaluation": i, "reward": name, "gain": round(scores[name] - seen[0][name], 6)} for i, scores in enumerate(seen) for name in names
     ]
     return pd.DataFrame(rows, columns=["evaluation", "reward", "gain"])
 

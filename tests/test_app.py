@@ -76,7 +76,7 @@ def test_reno_shows_two_images_a_growing_trace_and_a_better_reward(client):
     assert "evaluation 4 of 4" in status
     columns, rows = plot["columns"], plot["data"]
     scores = [dict(zip(columns, row, strict=True)) for row in rows]
-    assert {row["reward"] for row in scores} == {"total", "red", "blue"}
+    assert {row["reward"] for row in scores} == {"red", "blue"}  # the total would be red's line again
     assert [row["evaluation"] for row in scores if row["reward"] == "red"] == [0, 1, 2, 3]
     assert scores[0]["gain"] == 0
     assert len(job.outputs()) >= 3  # loading, at least once while it ran, and the end
@@ -157,6 +157,13 @@ def test_leaving_the_page_ends_the_search():
     count = len(seen)
     time.sleep(0.1)
     assert len(seen) == count
+
+
+def test_the_total_is_drawn_where_it_is_a_line_of_its_own():
+    one = app.scores_table([{"total": 2.0, "a": 2.0, "b": 1.0}, {"total": 3.0, "a": 3.0, "b": 0.5}])
+    two = app.scores_table([{"total": 5.0, "a": 2.0, "b": 3.0}, {"total": 6.0, "a": 3.5, "b": 2.5}])
+    assert set(one["reward"]) == {"a", "b"}
+    assert list(two[two["reward"] == "total"]["gain"]) == [0, 1]
 
 
 def test_an_error_inside_the_search_reaches_the_page():

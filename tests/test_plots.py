@@ -31,10 +31,10 @@ def test_strip_holds_both_images():
 
 def test_grid_marks_each_image_with_its_verdict():
     pair = Pair("a very long prompt " * 10, plain("white"), plain("white"), before_correct=False, after_correct=True)
-    both = grid([pair], side=96)
+    both = grid([pair])
     assert near(both, GREEN) > 60
     assert near(both, RED) > 60
-    wrong = grid([Pair("p", plain("white"), plain("white"), False, False)], side=96)
+    wrong = grid([Pair("p", plain("white"), plain("white"), False, False)])
     assert near(wrong, GREEN) == 0
 
 

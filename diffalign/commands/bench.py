@@ -25,7 +25,6 @@ from diffalign.files import read_json, require_writable
 
 BENCHMARKS = ("shapes",)
 SPLITS = ("test", "validation", "train")
-DEFAULT_OUT = Path("outputs/bench-shapes")
 SHAPES_BATCH = 32
 GRID_PROMPTS_PER_TASK = 2
 SAME_IMAGE_TOLERANCE = 16  # of 255; a start that differs by more from "none" was not made from the same noise
@@ -54,8 +53,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help=seed_help)
     batch_help = f"images at once; speed and memory only (default: 1, shapes {SHAPES_BATCH})"
     parser.add_argument("--batch-size", type=options.count, metavar="N", help=batch_help)
-    out_help = "images, rows, summary.json and table.md (default: %(default)s)"
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=out_help)
+    out_help = "images, rows, summary.json and table.md (default: outputs/bench-BENCHMARK)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)
     parser.add_argument("--overwrite", action="store_true", help="delete images that were made with other settings")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="also draw images before and after with the judge's verdicts")
     grid_help = "prompts of each task in it, drawn by --seed (default: %(default)s)"
@@ -74,7 +73,9 @@ def benchmark_name(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Generates what is missing, judges, reports. Raises ValueError or OSError with the sentence to show, Interrupted at Ctrl-C."""
     mix = options.reward_mix(args)
+    args.out = args.out or Path(f"outputs/bench-{args.benchmark}")
     methods = ["none", *dict.fromkeys(name for name in args.method if name != "none")]
+    options.require_gradient(methods, mix)
     require_writable(args.out)
     if args.grid:
         if args.grid.suffix.lower() != ".png":

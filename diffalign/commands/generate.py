@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import options
+from diffalign.commands import guidance, options
 from diffalign.files import differing_settings, read_json, require_writable, whole_folder, write_json
 
 SLUG_LENGTH = 40
@@ -69,6 +69,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=out_help)
     parser.add_argument("--overwrite", action="store_true", help="make prompts anew that were made with other settings")
     options.add_model_options(parser)
+    guidance.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = collect_prompts(args.prompts, args.prompts_file)
     # Without a search there is nothing to optimise, so rewards are loaded (seconds) only where they were asked for.
     mix = {} if args.method == "none" and not args.reward and not args.watch else options.reward_mix(args)
+    options.require_gradient([args.method], mix)
     jobs = plan(prompts, args, mix)
     require_writable(args.out)
     pending = [job for job in jobs if must_make(job, args.overwrite)]
@@ -148,6 +150,7 @@ def plan(prompts: Sequence[str], args: argparse.Namespace, mix: dict[str, float]
         "iterations": args.iterations if searching else None,
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
+        "guidance": guidance.settings(args),
         "dtype": args.dtype,
     }
     return [Job(prompt, args.out / f"{i:05d}-{slug(prompt)}", {"prompt": prompt, **shared}) for i, prompt in enumerate(prompts)]
@@ -172,6 +175,7 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
     """Generates the jobs in batches and saves each batch before the next."""
     pipeline, reward = options.load_parts(args, mix)
     method = options.build_method(args.method, reward, args.iterations)
+    steps = guidance.build(args)
     size = options.batch_size(args, SHAPES_BATCH)
     facts = {"versions": options.versions(), "device": options.device_name(pipeline)}
     with tqdm(total=len(jobs) * (args.iterations if method else 1), unit="evaluation", disable=None) as bar:
@@ -186,7 +190,7 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
             output = pipeline(
                 [job.prompt for job in batch],
                 seed=[args.seed] * len(batch),
-                plugins=[method] if method else (),
+                plugins=[plugin for plugin in (method, steps) if plugin],
                 progress=progress,
                 **options.stock_arguments(args),
             )
@@ -199,6 +203,7 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
                     "seed": args.seed,
                     "settings": job.settings,
                     "truncated": output.truncated[i],  # the pipeline has also said it on stderr
+                    "guidance": guidance.record(output.guidance, i, method is not None),
                     "seconds": round(seconds, 3),
                     **facts,
                     "method_settings": trace.pop("settings", {}),

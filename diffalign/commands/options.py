@@ -151,6 +151,16 @@ def reward_mix(args: argparse.Namespace) -> dict[str, float]:
     raise ValueError(f"--reward is needed with --pipeline {args.pipeline}: the default reward knows shapes only")
 
 
+def require_gradient(methods: Iterable[str], mix: Mapping[str, float]) -> None:
+    """Raises ValueError where a method needs a gradient that a reward does not have, as the table of rewards says."""
+    from reward_models import SPECS
+
+    flat = [name for name in mix if not SPECS[name].differentiable]
+    climbing = [name for name in methods if name.startswith("reno")]
+    if flat and climbing:
+        raise ValueError(f"reward {flat[0]!r} has no gradient, which {climbing[0]} climbs; --watch it, or use --method best-of-n")
+
+
 def batch_size(args: argparse.Namespace, shapes_default: int) -> int:
     """The given --batch-size; else one image at a time, or `shapes_default` for the embedded models, which are tiny."""
     return args.batch_size or (shapes_default if is_shapes(args.pipeline) else 1)
