@@ -25,7 +25,10 @@ from diffalign.files import differing_settings, read_json, whole_file, write_jso
 
 @dataclass(frozen=True)
 class Item:
-    """One image to make: `index` is the prompt's row, `sample` counts the images of that prompt, `seed` belongs to this item alone."""
+    """One image to make: `index` is the prompt's row, `sample` counts the images of that prompt, `seed` belongs to this item alone.
+
+    `path`: the image's place inside a method's folder, ".../samples/NAME.png", where a benchmark does not name files as GenEval does.
+    """
 
     index: int
     sample: int
@@ -33,17 +36,19 @@ class Item:
     task: str
     prompt: str
     metadata: Mapping[str, Any]
+    path: str | None = None
 
     @property
     def name(self) -> str:
         """The image's path inside a method's folder."""
-        return f"{self.index:05d}/samples/{self.sample:05d}.png"
+        return self.path or f"{self.index:05d}/samples/{self.sample:05d}.png"
 
     def image_path(self, folder: Path) -> Path:
         return folder / self.name
 
     def trace_path(self, folder: Path) -> Path:
-        return folder / f"{self.index:05d}" / "traces" / f"{self.sample:05d}.json"
+        image = self.image_path(folder)
+        return image.parent.parent / "traces" / f"{image.stem}.json"
 
     def is_done(self, folder: Path) -> bool:
         return self.trace_path(folder).is_file() and self.image_path(folder).is_file()
@@ -70,6 +75,16 @@ class Benchmark(Protocol):
 def item_seed(seed: int, index: int, sample: int) -> int:
     """A 32-bit seed from the run's seed, the prompt's row and the sample: the same whatever the batch size, order or limit."""
     return int(np.random.SeedSequence([seed, index, sample]).generate_state(1)[0])
+
+
+def spread_over_tasks(tasks: Sequence[str], limit: int | None) -> list[int]:
+    """Indices of `limit` rows (None: all), as many from each task as goes, in order. What a smaller limit takes, a larger one takes too."""
+    seen: dict[str, int] = {}
+    turns = []
+    for index, task in enumerate(tasks):
+        turns.append((seen.get(task, 0), index))
+        seen[task] = seen.get(task, 0) + 1
+    return sorted(index for _, index in sorted(turns)[:limit])
 
 
 def open_run(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -112,7 +127,8 @@ def save(item: Item, generated: Generated, folder: Path) -> None:
     image_path, trace_path = item.image_path(folder), item.trace_path(folder)
     for path in (image_path, trace_path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{item.index:05d}" / "metadata.jsonl", json.dumps(item.metadata) + "\n")
+    if item.path is None:  # GenEval's folder belongs to one prompt
+        write_text(image_path.parent.parent / "metadata.jsonl", json.dumps(item.metadata) + "\n")
     with whole_file(image_path) as temporary:
         generated.image.save(temporary, format="PNG")
     write_json(trace_path, {"prompt": item.prompt, "seed": item.seed, **generated.trace})

@@ -1,0 +1,67 @@
+"""The weights that GenEval's detector and colour classifier run on, and what a result made with them is called.
+
+- an mmdet 2.x checkpoint file: the official detector, results are "GenEval";
+- "hf": the weights of transformers' hub (Facebook's own training, CC BY-NC 4.0). Another training of the same network, so scores near the
+  thresholds differ and results are "GenEval-HF".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from diffalign.benchmarks.geneval import GenEvalScorer
+from diffalign.benchmarks.geneval_colors import ClipColors
+from diffalign.benchmarks.geneval_prompts import OBJECTS
+from diffalign.benchmarks.mask2former import Mask2FormerDetector
+
+OFFICIAL = "743b7d99"
+OFFICIAL_URL = (
+    "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
+    "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
+)
+HUB_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+HUB_CLIP = "openai/clip-vit-large-patch14"
+
+
+def load_scorer(detector: str, clip: str = HUB_CLIP, device: str = "cpu") -> GenEvalScorer:
+    """The scorer for `detector`: an mmdet checkpoint file, "hf", or a transformers folder; `clip`: a hub id or a folder."""
+    found, colors = load_detector(detector, device), load_colors(clip, device)
+    return GenEvalScorer(found, colors, f"{found.version}; colours by {colors.version}")
+
+
+def load_detector(source: str, device: str = "cpu") -> Mask2FormerDetector:
+    """Raises FileNotFoundError saying where to get the checkpoint, ValueError where the weights do not fit."""
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    from diffalign.benchmarks.mask2former_checkpoint import load_mmdet
+
+    path = Path(source)
+    if source != "hf" and path.suffix != ".pth" and not path.is_dir():
+        raise FileNotFoundError(f"the detector must be a .pth file, a folder or 'hf'; got {source!r}. The official file: {OFFICIAL_URL}")
+    if path.suffix == ".pth":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; download it from {OFFICIAL_URL}")
+        model, digest = load_mmdet(path)
+        version = f"GenEval (Mask2Former mmdet {digest})" if digest == OFFICIAL else f"GenEval with the detector {digest}"
+    else:
+        name = HUB_DETECTOR if source == "hf" else source
+        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(name, output_loading_info=True)
+        missing = [key for key in info["missing_keys"] if "swin.layernorm" not in key and "empty_weight" not in key]
+        if missing:
+            raise ValueError(f"{name} lacks {len(missing)} of the detector's tensors, such as {missing[0]}")
+        version = f"GenEval-HF (Mask2Former {name})"
+    # In float32, as upstream: at half precision scores move across the thresholds.
+    return Mask2FormerDetector(model.to(device, torch.float32), OBJECTS, version)
+
+
+def load_colors(source: str = HUB_CLIP, device: str = "cpu") -> ClipColors:
+    """CLIP from the hub or a folder. Raises ValueError where tensors are missing."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    model, info = CLIPModel.from_pretrained(source, output_loading_info=True)
+    missing = [key for key in info["missing_keys"] if "position_ids" not in key]
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} of CLIP's tensors, such as {missing[0]}")
+    return ClipColors(model.to(device, torch.float32), CLIPTokenizer.from_pretrained(source), f"CLIP {source}")
