@@ -64,7 +64,16 @@ class Preprocess:
 
 
 def resize(images: Images, height: int, width: int) -> Images:
-    """Bicubic with antialiasing, then cut to [0, 1], beyond which bicubic overshoots and PIL cannot. Nothing happens at equal size."""
-    if images.shape[-2:] == (height, width):
-        return images
+    """Bicubic with antialiasing, across and then down, cut to [0, 1] after each: bicubic overshoots, and PIL stores bytes in between.
+
+    A side that has its length already is left alone.
+    """
+    if images.shape[-1] != width:
+        images = _bicubic(images, images.shape[-2], width)
+    if images.shape[-2] != height:
+        images = _bicubic(images, height, width)
+    return images
+
+
+def _bicubic(images: Images, height: int, width: int) -> Images:
     return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

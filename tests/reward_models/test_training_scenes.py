@@ -83,8 +83,11 @@ def test_the_truth_of_every_claim_in_every_scene_is_genevals():
     claims = [worlds.read_claim(caption) for caption in captions]
     ours = worlds.holds(worlds.tabulate(scenes), torch.tensor([claim.encode() for claim in claims]))
     theirs = torch.tensor([[genevals(claim, scene) for claim in claims] for scene in scenes])
+    repeated = torch.tensor([[c.count == 1 and sum(t.shape == c.first[0] for t in s.things) > 1 for c in claims] for s in scenes])
     assert ours.float().mean() > 0.02
-    assert torch.equal(ours, theirs)
+    assert repeated.float().mean() < 0.1
+    assert torch.equal(ours[~repeated], theirs[~repeated])
+    assert (ours | ~theirs).all()  # of several such things GenEval looks at one, so whatever it grants holds here too
 
 
 def test_captions_of_a_scene_are_true_and_wrong_ones_false():

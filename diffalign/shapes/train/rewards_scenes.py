@@ -219,7 +219,10 @@ def taught_facts() -> Bool[Tensor, " facts"]:
 
 
 def holds(tables: Tables, claims: Int[Tensor, "m 6"]) -> Bool[Tensor, "n m"]:
-    """Which claims are true of which scenes, by GenEval's rules: a number must be met exactly, a thing named once may occur more often."""
+    """Which claims are true of which scenes, by GenEval's rules: a number must be met exactly, a thing named once may occur more often.
+
+    Where it does occur more often, any of them may have the colour named (GenEval asks the most confident detection alone).
+    """
     shape, color, count, second, second_color, relation = claims.unsqueeze(1).unbind(-1)  # each "m 1", against things "n 1 4"
     shapes, colors = tables.shapes.unsqueeze(1), tables.colors.unsqueeze(1)
     first_shape = shapes == shape
