@@ -330,7 +330,7 @@ def test_a_run_killed_in_the_middle_goes_on(generate, tiny_folder, tmp_path, sig
     while process.poll() is None and not list((tmp_path / "out").glob("0*")):
         time.sleep(0.005)
     process.send_signal(sign)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     finished = traces(tmp_path / "out")
     assert 1 <= len(finished) < 6
     assert all({path.name for path in folder.iterdir()} == FILES for folder in (tmp_path / "out").glob("0*"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.benchmarks.base import Item, item_seed, read_image, require_complete
+from diffalign.benchmarks.base import Item, item_seed, read_image, require_complete, spread_over_tasks
 from diffalign.benchmarks.geneval_rules import keep
 from diffalign.shapes import prompts as world
 from diffalign.shapes.detector import LIMITS, detect, judge_images
@@ -39,12 +39,7 @@ class ShapesBenchmark:
 
     def items(self) -> list[Item]:
         rows = world.metadata(self.split)
-        seen: dict[str, int] = {}
-        turns = []
-        for index, row in enumerate(rows):
-            turns.append((seen.get(row["tag"], 0), index))
-            seen[row["tag"]] = seen.get(row["tag"], 0) + 1
-        chosen = sorted(index for _, index in sorted(turns)[: self.limit])
+        chosen = spread_over_tasks([row["tag"] for row in rows], self.limit)
         return [
             Item(index, sample, item_seed(self.seed, index, sample), rows[index]["tag"], rows[index]["prompt"], rows[index])
             for index in chosen
