@@ -43,7 +43,7 @@ class TurboConfig:
     pair_batch: int = 8
 
 
-CONFIG = loop.LoopConfig(steps=1050, lr=3e-4, seed=14, ema_decay=0.99, warmup=50)
+CONFIG = loop.LoopConfig(steps=1900, lr=3e-4, seed=14, ema_decay=0.99, warmup=50)
 
 
 @dataclass
