@@ -20,6 +20,7 @@ from diffalign.methods.search import BestOfN
 from diffalign.shapes import prompts
 from diffalign.shapes.detector import judge_images
 
+HALF = "half"  # of the evaluations
 VARIANTS: dict[str, dict] = {
     "lr 1/256": {"lr": 1 / 256},
     "lr 1/128": {"lr": 1 / 128},
@@ -27,8 +28,9 @@ VARIANTS: dict[str, dict] = {
     "lr 1/32": {"lr": 1 / 32},
     "lr 1/64, no sphere": {"lr": 1 / 64, "sphere": False},
     "lr 1/64, momentum 0.5": {"lr": 1 / 64, "momentum": 0.5},
-    "lr 1/64, 8 starts": {"lr": 1 / 64, "starts": 8},
-    "lr 1/128, 8 starts": {"lr": 1 / 128, "starts": 8},
+    "lr 1/512": {"lr": 1 / 512},
+    "lr 1/256, half the evaluations as starts": {"lr": 1 / 256, "starts": HALF},
+    "lr 1/512, half the evaluations as starts": {"lr": 1 / 512, "starts": HALF},
 }
 
 
@@ -48,7 +50,9 @@ def main() -> None:
     reward = diffalign.load_reward(args.reward)
     rows = prompts.metadata("validation", per_task=args.per_task)
     methods = {"best-of-n": BestOfN(reward, evaluations=args.iterations), "paper": diffalign.ReNO.paper(reward)}
-    methods |= {name: diffalign.ReNO(reward, iterations=args.iterations, patience=None, **v) for name, v in VARIANTS.items()}
+    for name, settings in VARIANTS.items():
+        starts = args.iterations // 2 if settings.get("starts") == HALF else 1
+        methods[name] = diffalign.ReNO(reward, iterations=args.iterations, patience=None, **settings | {"starts": starts})
     results = []
     for name, method in methods.items():
         if args.only and name not in args.only:
