@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PIPELINE = "shapes-turbo"
-DEFAULT_REWARD = {"shapes-clip": 1.0}  # for the shapes pipelines; the others must be told, since these rewards know shapes alone
+# For the shapes pipelines; the others must be told, since these rewards know shapes alone. shapes-clip counts in hundredths of a cosine.
+DEFAULT_REWARD = {"shapes-clip": 0.2, "shapes-preference": 1.0}
 METHODS = ("none", "best-of-n", "reno", "reno-paper")
 DTYPES = ("float32", "float16", "bfloat16")
 SEED_LIMIT = 2**63  # what torch.Generator takes
