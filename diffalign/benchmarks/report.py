@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.benchmarks.statistics import overall_estimate, paired_difference, paired_task_differences, task_estimates
+from diffalign.benchmarks.statistics import overall_estimate, paired_difference, paired_task_differences, task_estimates, task_means
 from diffalign.files import write_json, write_text
 
 
@@ -33,7 +33,7 @@ def summarise(judged: Mapping[str, Judged], baseline: str = "none") -> dict[str,
         rewards = result.traces[0]["rewards"]
         methods[name] = {
             "overall": asdict(overall_estimate(correct, prompts, tasks)),
-            "tasks": {task: asdict(estimate) for task, estimate in task_estimates(correct, prompts, tasks).items()},
+            "tasks": estimates(result.rows),
             "rewards": {reward: _before_and_after(result.traces, reward) for reward in rewards},
             "seconds_per_image": float(np.mean([trace["seconds"] for trace in result.traces])),
         }
@@ -52,8 +52,19 @@ def summarise(judged: Mapping[str, Judged], baseline: str = "none") -> dict[str,
     return {"methods": methods, "paired": {"baseline": baseline, "differences": paired}}
 
 
+def value(row: Mapping[str, Any]) -> float:
+    """A row's verdict as 0 or 1, or its score where the benchmark gives scores."""
+    return float(row["correct"] if "correct" in row else row["value"])
+
+
+def estimates(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each task's mean with its interval: Wilson's for verdicts, the prompt bootstrap's for scores."""
+    method = task_estimates if "correct" in rows[0] else task_means
+    return {task: asdict(estimate) for task, estimate in method(*_columns(rows)).items()}
+
+
 def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[str], list[str]]:
-    return [float(r["correct"]) for r in rows], [r["prompt"] for r in rows], [r["tag"] for r in rows]
+    return [value(r) for r in rows], [r["prompt"] for r in rows], [r["tag"] for r in rows]
 
 
 def _before_and_after(traces: Sequence[Mapping[str, Any]], reward: str) -> dict[str, float | int | None]:
@@ -66,12 +77,13 @@ def _before_and_after(traces: Sequence[Mapping[str, Any]], reward: str) -> dict[
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The summary as three tables and the facts needed to make them again. `optimised` and `facts` are read where present."""
-    parts = ["## Judge accuracy, with 95 % intervals", _accuracy_table(summary)]
+    parts = [f"## {summary.get('measure', 'Judge accuracy')}, with 95 % intervals", _accuracy_table(summary)]
     differences = summary["paired"]["differences"]
     if differences:
         baseline = summary["paired"]["baseline"]
         parts += [f"## Gain over `{baseline}` on the same prompts and noises, with 95 % intervals", _gain_table(differences)]
-    parts += ["## Mean rewards, before -> after", _reward_table(summary["methods"], set(summary.get("optimised", ())))]
+    if any(m["rewards"] for m in summary["methods"].values()):
+        parts += ["## Mean rewards, before -> after", _reward_table(summary["methods"], set(summary.get("optimised", ())))]
     first = next(iter(summary["methods"].values()))["overall"]
     facts = {"prompts": first["prompts"], "images per method": first["images"], **summary.get("facts", {})}
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
@@ -81,7 +93,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def _accuracy_table(summary: Mapping[str, Any]) -> str:
     tasks = list(next(iter(summary["methods"].values()))["tasks"])
     rows = [
-        [name, _interval(m["overall"]), *(_interval(m["tasks"][t]) for t in tasks), f"{m['seconds_per_image']:.3g}"]
+        [name, interval(m["overall"]), *(interval(m["tasks"][t]) for t in tasks), f"{m['seconds_per_image']:.3g}"]
         for name, m in summary["methods"].items()
     ]
     return table(["method", "overall", *tasks, "s/image"], rows)
@@ -90,7 +102,7 @@ def _accuracy_table(summary: Mapping[str, Any]) -> str:
 def _gain_table(differences: Mapping[str, Any]) -> str:
     tasks = list(next(iter(differences.values()))["tasks"])
     rows = [
-        [name, _interval(d["overall"], "+"), f"{d['overall']['p_value']:.2g}", *(_interval(d["tasks"][t], "+") for t in tasks)]
+        [name, interval(d["overall"], "+"), f"{d['overall']['p_value']:.2g}", *(interval(d["tasks"][t], "+") for t in tasks)]
         for name, d in differences.items()
     ]
     return table(["method", "overall", "p (sign flips)", *tasks], rows)
@@ -111,7 +123,8 @@ def _change(reward: Mapping[str, float | None] | None) -> str:
     return f"{reward['before']:.4g}" if reward["before"] == reward["after"] else f"{reward['before']:.4g} -> {reward['after']:.4g}"
 
 
-def _interval(estimate: Mapping[str, float], sign: str = "") -> str:
+def interval(estimate: Mapping[str, float], sign: str = "") -> str:
+    """ "0.500 [0.40, 0.60]"."""
     return f"{estimate['mean']:{sign}.3f} [{estimate['low']:{sign}.2f}, {estimate['high']:{sign}.2f}]"
 
 
@@ -125,6 +138,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object per line, as GenEval's results.jsonl."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What `write_rows` wrote. Raises ValueError naming a line that is no JSON object."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is not a JSON object: {line[:80]!r}") from error
+    return rows
 
 
 def write_report(folder: Path, summary: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 DRAWS = 10_000
 Z_95 = 1.959963984540054
@@ -42,6 +43,15 @@ class Difference:
     p_value: float
     prompts: int
     p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Discordance:
+    """Images that only one of two methods got right."""
+
+    gained: int
+    lost: int
+    p_value: float
 
 
 def wilson(mean: float, n: float, z: float = Z_95) -> tuple[float, float]:
@@ -73,6 +83,25 @@ def task_estimates(values: Sequence[float], prompts: Sequence[Hashable], tasks: 
         mean = float(means.mean())
         out[task] = Estimate(mean, *wilson(mean, effective_images(means, counts[task])), counts[task], len(means))
     return out
+
+
+def task_means(
+    values: Sequence[float], prompts: Sequence[Hashable], tasks: Sequence[str], draws: int = DRAWS, seed: int = 0
+) -> dict[str, Estimate]:
+    """The mean score of each task with the prompt bootstrap's interval, for scores that are no verdicts."""
+    clusters, counts = _by_task(values, prompts, tasks)
+    out = {}
+    for task, means in clusters.items():
+        out[task] = Estimate(float(means.mean()), *_bootstrap_interval([means], draws, seed), counts[task], len(means))
+    return out
+
+
+def discordance(verdicts: Sequence[float], baseline: Sequence[float]) -> Discordance:
+    """On how many images two series of verdicts differ, with McNemar's exact test, which takes images as independent: descriptive only."""
+    differences = _subtract(verdicts, baseline)
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return Discordance(gained, lost, p_value)
 
 
 def overall_estimate(

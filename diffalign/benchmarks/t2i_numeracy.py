@@ -31,14 +31,19 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: Path) -> Vocabulary:
-        """Upstream's new_objects.txt: one "singular - plural" a line. Raises ValueError naming a line that is not."""
+        """Upstream's new_objects.txt."""
+        return cls.of(path.read_text(encoding="utf-8").splitlines(), str(path))
+
+    @classmethod
+    def of(cls, lines: Sequence[str], source: str = "new_objects.txt") -> Vocabulary:
+        """One "singular - plural" a line; blank lines are skipped. Raises ValueError naming a line that is something else."""
         pairs = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             parts = [part.strip().lower() for part in line.split(" - ")]
             if len(parts) != 2 or not all(parts):
-                raise ValueError(f'{path} line {number} must be "singular - plural"; got {line!r}')
+                raise ValueError(f'{source} line {number} must be "singular - plural"; got {line!r}')
             pairs.append(parts)
         return cls(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 

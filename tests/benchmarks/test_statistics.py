@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from diffalign.benchmarks.statistics import (
+    discordance,
     effective_images,
     holm,
     overall_estimate,
     paired_difference,
     paired_task_differences,
     task_estimates,
+    task_means,
     wilson,
 )
 
@@ -155,3 +157,18 @@ def test_bad_input_is_named(arguments, message):
 def test_unpaired_input_is_named():
     with pytest.raises(ValueError, match="one baseline value per value; got 2 and 1"):
         paired_difference([1, 2], [1], [0, 1], ["a", "a"])
+
+
+def test_scores_have_the_bootstraps_interval_and_may_leave_the_unit_interval():
+    found = task_means([-3.0, 5.0, 2.0, 2.0], ["p", "p", "q", "r"], ["a", "a", "a", "b"])
+    assert (found["a"].mean, found["b"].mean) == (1.5, 2.0)  # prompts p (1) and q (2); r alone
+    assert (found["a"].low, found["a"].high) == (1.0, 2.0)
+    assert (found["a"].images, found["a"].prompts, found["b"].low) == (3, 2, 2.0)
+
+
+def test_discordance_by_hand():
+    """Gained 4, lost 1: two-sided binomial 2 x (5 + 1) / 2^5."""
+    found = discordance([1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1])
+    assert (found.gained, found.lost) == (4, 1)
+    assert found.p_value == pytest.approx(12 / 32)
+    assert discordance([1, 0], [1, 0]).p_value == 1.0
