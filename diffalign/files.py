@@ -1,6 +1,6 @@
 """Files and folders that are either whole or absent: written under a temporary name beside the final one, then renamed.
 
-A run killed at any moment leaves at worst a hidden temporary, which the next run replaces.
+A run killed at any moment leaves at worst a hidden temporary, `.partial-...`, which nothing reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to; it takes the final name when the block ends well and vanishes when it does not."""
-    temporary = path.with_name(f".partial-{path.name}")
+    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")  # shards of one run write the same small files
     try:
         yield temporary
         os.replace(temporary, path)

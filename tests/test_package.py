@@ -57,11 +57,11 @@ def imported() -> dict[str, set[str]]:
 
 
 def test_everything_imported_is_declared():
-    """The app may use its extra; everything else only the core, and `track` inside functions."""
+    """The app may use its extra; everything else only the core, and `track` and `bench` inside functions."""
     core, extras = required(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
-    app, track = required(extras["app"]), required(extras["track"])
+    app, inside = required(extras["app"]), required(extras["track"]) | required(extras["bench"])
     for distribution, files in imported().items():
-        allowed = core | (app if files == {"app.py"} else track)
+        allowed = core | (app if files == {"app.py"} else inside)
         assert distribution in allowed, f"{distribution}, imported by {', '.join(sorted(files))}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.benchmarks.pages import report_page
 from diffalign.benchmarks.statistics import overall_estimate, paired_difference, paired_task_differences, task_estimates, task_means
 from diffalign.files import write_json, write_text
 
@@ -35,7 +36,7 @@ def summarise(judged: Mapping[str, Judged], baseline: str = "none") -> dict[str,
             "overall": asdict(overall_estimate(correct, prompts, tasks)),
             "tasks": estimates(result.rows),
             "rewards": {reward: _before_and_after(result.traces, reward) for reward in rewards},
-            "seconds_per_image": float(np.mean([trace["seconds"] for trace in result.traces])),
+            "seconds_per_image": _mean([trace["seconds"] for trace in result.traces if trace.get("seconds") is not None]),
         }
     if baseline in judged:
         base, prompts, tasks = _columns(judged[baseline].rows)
@@ -67,6 +68,11 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[str],
     return [value(r) for r in rows], [r["prompt"] for r in rows], [r["tag"] for r in rows]
 
 
+def _mean(numbers: Sequence[float]) -> float | None:
+    """None where there are none: images of another program come without times."""
+    return float(np.mean(numbers)) if numbers else None
+
+
 def _before_and_after(traces: Sequence[Mapping[str, Any]], reward: str) -> dict[str, float | int | None]:
     """Means over the images whose two scores are numbers (a trace holds None for nan and inf), and how many those are."""
     pairs = [(trace["rewards"][reward][0], trace["rewards"][reward][trace["best"]]) for trace in traces]
@@ -93,7 +99,12 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def _accuracy_table(summary: Mapping[str, Any]) -> str:
     tasks = list(next(iter(summary["methods"].values()))["tasks"])
     rows = [
-        [name, interval(m["overall"]), *(interval(m["tasks"][t]) for t in tasks), f"{m['seconds_per_image']:.3g}"]
+        [
+            name,
+            interval(m["overall"]),
+            *(interval(m["tasks"][t]) for t in tasks),
+            "" if m["seconds_per_image"] is None else f"{m['seconds_per_image']:.3g}",
+        ]
         for name, m in summary["methods"].items()
     ]
     return table(["method", "overall", *tasks, "s/image"], rows)
@@ -152,8 +163,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_report(folder: Path, summary: Mapping[str, Any]) -> str:
-    """Writes summary.json and table.md, and returns the table."""
+    """Writes summary.json, table.md and table.html, and returns the table."""
     text = markdown(summary)
     write_json(folder / "summary.json", summary)
     write_text(folder / "table.md", text)
+    write_text(folder / "table.html", report_page(text, f"{summary.get('benchmark', 'Benchmark')}: results"))
     return text

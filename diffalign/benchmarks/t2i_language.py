@@ -75,7 +75,7 @@ def annotate(prompts: Sequence[str], model: str = SPACY_MODEL) -> Annotations:
 
         language = spacy.load(model)
     except (ImportError, OSError) as error:
-        hint = f"pip install spacy && python -m spacy download {model}"
+        hint = f"pip install 'diffalign[bench]' && python -m spacy download {model}"
         raise ImportError(f"noun phrases need spaCy and its {model}, or a phrase list made with them; install: {hint}") from error
     found = {}
     for prompt, document in zip(prompts, language.pipe(prompts), strict=True):

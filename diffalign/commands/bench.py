@@ -19,12 +19,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import config, options
+from diffalign.commands import compare, config, judging, options
 from diffalign.commands.generate import Interrupted
 from diffalign.files import read_json, require_writable
 
-BENCHMARKS = ("shapes",)
-SPLITS = ("test", "validation", "train")
+COMPARE = "compare"
 SHAPES_BATCH = 32
 GRID_PROMPTS_PER_TASK = 2
 SAME_IMAGE_TOLERANCE = 16  # of 255; a start that differs by more from "none" was not made from the same noise
@@ -37,7 +36,9 @@ def add_parser(subparsers: Any) -> None:
         description="Generates a benchmark's images with each method from the same noises, judges them, and prints one table. Resumable.",
         allow_abbrev=False,
     )
-    parser.add_argument("benchmark", type=benchmark_name, metavar="BENCHMARK", help=", ".join(BENCHMARKS))
+    what = f"{', '.join(judging.BENCHMARKS)}; or compare, which takes the folders of two judged methods"
+    parser.add_argument("benchmark", type=benchmark_name, metavar="BENCHMARK", help=what)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="compare: RUN_A RUN_B, such as outputs/a/none outputs/a/reno")
     parser.add_argument(
         "--method",
         type=options.method_name,
@@ -46,9 +47,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME",
         help=f"one or more of {', '.join(options.METHODS)}; none is always added (default: none best-of-n reno)",
     )
-    parser.add_argument("--split", choices=SPLITS, default="test", help="which prompts (default: %(default)s)")
+    splits = list(dict.fromkeys(split for names in judging.SPLITS.values() for split in names))
+    parser.add_argument("--split", choices=splits, help="which prompts (default: shapes test, t2i-compbench val)")
     parser.add_argument("--limit", type=options.count, metavar="N", help="at most N prompts, spread evenly over the tasks")
-    parser.add_argument("--samples", type=options.count, default=1, metavar="N", help="images per prompt (default: %(default)s)")
+    defaults = ", ".join(f"{name} {count}" for name, count in judging.SAMPLES.items())
+    parser.add_argument("--samples", type=options.count, metavar="N", help=f"images per prompt (default: {defaults})")
     seed_help = "each image's seed is drawn from this, its prompt and sample (default: %(default)s)"
     parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help=seed_help)
     batch_help = f"images at once; speed and memory only (default: 1, shapes {SHAPES_BATCH})"
@@ -59,22 +62,32 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="also draw images before and after with the judge's verdicts")
     grid_help = "prompts of each task in it, drawn by --seed (default: %(default)s)"
     parser.add_argument("--grid-per-task", type=options.count, default=GRID_PROMPTS_PER_TASK, metavar="N", help=grid_help)
+    judging.add_options(parser)
     options.add_model_options(parser)
     config.add_option(parser)
     parser.set_defaults(run=run)
 
 
 def benchmark_name(text: str) -> str:
-    if text not in BENCHMARKS:
-        raise argparse.ArgumentTypeError(options.unknown("benchmark", text, BENCHMARKS))
+    known = (*judging.BENCHMARKS, COMPARE)
+    if text not in known:
+        raise argparse.ArgumentTypeError(options.unknown("benchmark", text, known))
     return text
 
 
 def run(args: argparse.Namespace) -> int:
     """Generates what is missing, judges, reports. Raises ValueError or OSError with the sentence to show, Interrupted at Ctrl-C."""
-    mix = options.reward_mix(args)
-    args.out = args.out or Path(f"outputs/bench-{args.benchmark}")
+    if args.benchmark == COMPARE:
+        return compare.run(args)
+    if args.runs:
+        raise ValueError(f"only compare takes runs; got {' '.join(args.runs)} after {args.benchmark}")
+    judging.resolve(args)
+    if args.images:
+        return judging.run_images(args)
     methods = ["none", *dict.fromkeys(name for name in args.method if name != "none")]
+    # Without a search nothing is optimised, so rewards are loaded only where they were asked for; the shapes models have a default.
+    unwatched = methods == ["none"] and not args.reward and not args.watch and not options.is_shapes(args.pipeline)
+    mix = {} if unwatched else options.reward_mix(args)
     options.require_gradient(methods, mix)
     require_writable(args.out)
     if args.grid:
@@ -83,12 +96,31 @@ def run(args: argparse.Namespace) -> int:
         require_writable(args.grid.parent)
 
     from diffalign.benchmarks.base import open_run
-    from diffalign.benchmarks.shapes import ShapesBenchmark
 
-    benchmark = ShapesBenchmark(args.split, args.samples, args.limit, args.seed)
-    items = benchmark.items()
+    benchmark = judging.build(args)
+    if args.benchmark == "t2i-compbench" and args.stage != "generate":
+        judging.grammar(args, benchmark)  # fails before hours of generation, not after
+    shard, finish = judging.share(args)
     for name in methods:
-        open_run(args.out / name, run_settings(args, name, mix), args.overwrite)
+        open_run(args.out / name, {**run_settings(args, name, mix), **judging.extra_settings(args, benchmark)}, args.overwrite)
+    if args.stage in ("all", "generate"):
+        complete(args, methods, mix, shard.of(benchmark.items()))
+    if args.stage == "generate":
+        print(f"images are in {args.out}; --stage score judges them")
+        return 0
+    benchmark = judging.with_judge(args, benchmark)
+    if args.stage != "report" and args.benchmark != "shapes":
+        judging.judge(args, benchmark, methods, shard)
+    if not finish():
+        print(f"shard {shard.index}/{shard.count} is done in {args.out}; the same command with --stage report, and no --shard, sums all up")
+        return 0
+    print(report(args, benchmark, methods, mix), end="")
+    print(f"\nrows, summary.json and table.md are in {args.out}")
+    return 0
+
+
+def complete(args: argparse.Namespace, methods: Sequence[str], mix: Mapping[str, float], items: Sequence[Any]) -> None:
+    """Makes the images that are not there yet. Raises Interrupted at Ctrl-C."""
     missing = {name: [item for item in items if not item.is_done(args.out / name)] for name in methods}
     total = len(items) * len(methods)
     if any(missing.values()):
@@ -99,9 +131,6 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt as stop:
             done = sum(item.is_done(args.out / name) for name in methods for item in items)
             raise Interrupted(f"interrupted: {done} of {total} images are finished in {args.out}; the same command continues") from stop
-    print(report(args, benchmark, methods, mix), end="")
-    print(f"\nrows, summary.json and table.md are in {args.out}")
-    return 0
 
 
 def run_settings(args: argparse.Namespace, method: str, mix: Mapping[str, float]) -> dict[str, Any]:
@@ -157,7 +186,8 @@ def maker(
         )
         seconds = (time.perf_counter() - began) / len(batch)
         if method is None:
-            scores = options.score(reward, output.images, [item.prompt for item in batch], pipeline.device)
+            prompts = [item.prompt for item in batch]
+            scores = options.score(reward, output.images, prompts, pipeline.device) if reward else [{} for _ in batch]
             traces = [{"method": "none", "best": 0, "rewards": rewards} for rewards in scores]
         else:
             traces = [output.trace.sample(i) for i in range(len(batch))]
@@ -178,11 +208,13 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
     from diffalign.benchmarks.report import Judged, summarise, write_report, write_rows
 
     items = benchmark.items()
+    rows, left_out = judging.rows_in_common(args, benchmark, methods)
     judged = {}
     for name in methods:
-        folder = args.out / name
-        judged[name] = Judged(benchmark.score(folder), [read_json(item.trace_path(folder)) for item in items])
+        folder, reported = args.out / name, {row["filename"] for row in rows[name]}
+        judged[name] = Judged(rows[name], [read_json(item.trace_path(folder)) for item in items if item.name in reported])
         write_rows(folder / "results.jsonl", judged[name].rows)
+        judging.write_official(benchmark, folder, judged[name].rows)
     machine = read_json(args.out / "machine.json")
     config = {**run_settings(args, methods[-1], mix), "method": list(methods), "iterations": args.iterations}
     summary = {
@@ -194,8 +226,15 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
         "optimised": list(mix),
         **summarise(judged),
     }
+    if left_out:
+        summary["partial"] = left_out
+    if args.benchmark == "t2i-compbench":
+        summary["measure"] = "Mean scores"
+    split = f"{args.split} split, " if args.split else ""
     summary["facts"] = {
-        "pipeline": f"{args.pipeline}, {args.split} split, seed {args.seed}, {args.iterations} evaluations per image",
+        **judging.partial(left_out),
+        **judging.quoted(benchmark),
+        "pipeline": f"{args.pipeline}, {split}seed {args.seed}, {args.iterations} evaluations per image",
         "device": summary["device"],
         "date": summary["date"],
         "command": f"`{summary['command']}`",

@@ -31,28 +31,28 @@ def randomised(model: nn.Module, std: float = 0.2) -> nn.Module:
     return model.eval()
 
 
-def tiny_blip(seed: int = 0, image_size: int = 32) -> tuple[BlipForQuestionAnswering, BertTokenizer]:
+def tiny_blip(seed: int = 0, patch: int = 16) -> tuple[BlipForQuestionAnswering, BertTokenizer]:
     """[DEC] and [ENC] are the two ids behind the words, as in the real one."""
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
     shared = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = BlipTextConfig(
         vocab_size=len(WORDS) + 2, encoder_hidden_size=32, bos_token_id=len(WORDS), sep_token_id=3, max_position_embeddings=40, **shared
     )
-    vision = BlipVisionConfig(image_size=image_size, patch_size=16, **shared)
+    vision = BlipVisionConfig(image_size=2 * patch, patch_size=patch, **shared)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BlipForQuestionAnswering(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
         return randomised(model), tokenizer
 
 
-def tiny_dpt(seed: int = 0) -> DPTForDepthEstimation:
+def tiny_dpt(seed: int = 0, patch: int = 8) -> DPTForDepthEstimation:
     config = DPTConfig(
         hidden_size=16,
         num_hidden_layers=4,
         num_attention_heads=2,
         intermediate_size=24,
-        image_size=32,
-        patch_size=8,
+        image_size=4 * patch,
+        patch_size=patch,
         backbone_out_indices=[0, 1, 2, 3],
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,

@@ -1,0 +1,244 @@
+"""`diffalign bench geneval` and `bench t2i-compbench` from command to table: a tiny real pipeline, tiny random judges, all from folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffalign.benchmarks.geneval_rules import TASKS
+from diffalign.benchmarks.t2i_language import Annotations
+from diffalign.cli import build_parser, main
+from diffalign.commands import config, judging
+from tests.benchmarks.test_t2i_compbench import ANNOTATIONS, PROMPTS
+from tests.benchmarks.tiny_clip import tiny_clip
+from tests.benchmarks.tiny_mask2former import mmdet_layout, tiny_mask2former
+from tests.benchmarks.tiny_t2i import tiny_blip, tiny_dpt, tiny_owlv2
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of judges."""
+    folder = tmp_path_factory.mktemp("judges")
+    for name, parts in {"clip": tiny_clip(), "blip": tiny_blip(patch=96), "owl": tiny_owlv2(), "dpt": (tiny_dpt(patch=48),)}.items():
+        for part in parts:
+            part.save_pretrained(folder / name)
+    torch.save({"state_dict": mmdet_layout(tiny_mask2former(classes=80))}, folder / "detector.pth")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_input(monkeypatch):
+    """800 and 480 pixels are for the real models."""
+    monkeypatch.setattr("diffalign.benchmarks.mask2former.SHORT_SIDE", 64)
+    monkeypatch.setattr("diffalign.benchmarks.mask2former.LONG_SIDE", 107)
+
+
+def bench(capsys, name, tiny_folder, out, *more):
+    arguments = ["--pipeline", str(tiny_folder), "--steps", "1", "--guidance-scale", "0", "--device", "cpu", "--batch-size", "6"]
+    code = main(["bench", name, *arguments, "--out", str(out), *map(str, more)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def geneval(models):
+    return ["--detector", models / "detector.pth", "--clip", models / "clip", "--limit", "6", "--samples", "2"]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_geneval_from_command_to_table(capsys, tiny_folder, tmp_path, models):
+    search = ["--method", "none", "best-of-n", "--reward", "brightness=1", "--iterations", "2"]
+    code, out, _ = bench(capsys, "geneval", tiny_folder, tmp_path / "run", *geneval(models), *search)
+    assert code == 0
+    assert "Judge accuracy, with 95 % intervals" in out
+    assert "GenEval with the detector" in out  # the protocol, at the foot of the table
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["methods"]) == ["none", "best-of-n"]
+    assert list(summary["methods"]["none"]["tasks"]) == list(TASKS)
+    assert summary["methods"]["best-of-n"]["largest_start_difference"] <= 1
+    folder = tmp_path / "run" / "none"
+    assert len(rows(folder)) == 12
+    assert (folder / "summary.txt").read_text().startswith("Summary\n=======\nTotal images: 12\nTotal prompts: 6\n")
+    protocol = json.loads((folder / "protocol.json").read_text())
+    assert (protocol["benchmark"], protocol["prompts"], protocol["images per prompt"]) == ("geneval", "6 of 553", 2)
+
+    code, out, _ = bench(capsys, "geneval", tiny_folder, tmp_path / "run", *geneval(models), *search)  # everything is there
+    assert code == 0
+    assert main(["bench", "compare", str(folder), str(tmp_path / "run" / "best-of-n")]) == 0
+    assert "12 images of 6 prompts" in capsys.readouterr().out
+
+
+def test_geneval_needs_no_reward_without_a_search(capsys, tiny_folder, tmp_path, models):
+    code, out, _ = bench(capsys, "geneval", tiny_folder, tmp_path / "run", *geneval(models), "--method", "none")
+    assert code == 0
+    assert "Mean rewards" not in out
+
+
+def test_two_shards_equal_one_run(capsys, tiny_folder, tmp_path, models):
+    plain = [*geneval(models), "--method", "none"]
+    bench(capsys, "geneval", tiny_folder, tmp_path / "whole", *plain)
+    for index in range(2):
+        code, out, _ = bench(capsys, "geneval", tiny_folder, tmp_path / "shards", *plain, "--shard", f"{index}/2")
+        assert code == 0
+        assert f"shard {index}/2 is done" in out
+        assert not (tmp_path / "shards" / "summary.json").exists()
+    code, _, _ = bench(capsys, "geneval", tiny_folder, tmp_path / "shards", *plain, "--stage", "report")
+    assert code == 0
+    assert rows(tmp_path / "shards" / "none") == rows(tmp_path / "whole" / "none")
+
+
+def test_stages_and_missing_images(capsys, tiny_folder, tmp_path, models):
+    plain, run = [*geneval(models), "--method", "none"], tmp_path / "run"
+    assert bench(capsys, "geneval", tiny_folder, run, "--limit", "6", "--samples", "2", "--method", "none", "--stage", "generate")[0] == 0
+    assert not (run / "none" / "results.jsonl").exists()
+    lost = sorted((run / "none").glob("*/samples/*.png"))
+    lost[0].unlink()
+    lost[1].write_bytes(lost[1].read_bytes()[:50])
+    code, _, err = bench(capsys, "geneval", tiny_folder, run, *plain, "--stage", "score")
+    assert code == 1
+    assert "2 of 12 images" in err
+    assert "00000/samples/00000.png: missing; 00000/samples/00001.png: not a whole image" in err
+    code, out, _ = bench(capsys, "geneval", tiny_folder, run, *plain, "--stage", "report", "--allow-missing")
+    assert code == 0
+    assert "PARTIAL: 2 images cannot be judged" in out
+    assert len(json.loads((run / "summary.json").read_text())["partial"]) == 2
+    assert len(rows(run / "none")) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("geneval", [], "--detector is needed to judge, and none was given"),
+        ("geneval", ["--detector", "nowhere.pth"], "nowhere.pth does not exist"),
+        ("geneval", ["--split", "test"], "geneval has no --split"),
+        ("geneval", ["--prompts", "clone"], "--prompts belongs to t2i-compbench"),
+        ("t2i-compbench", [], "--prompts is needed"),
+        ("t2i-compbench", ["--prompts", "nowhere"], "is neither in nowhere"),
+        ("shapes", ["--images", "."], "--images belongs to geneval"),
+        ("geneval", ["--detector", "hf", "--images", "nowhere"], "nowhere is not a folder"),
+        ("shapes", ["--detector", "hf"], "--detector belongs to geneval and t2i-compbench"),
+    ],
+)
+def test_wrong_options_fail_before_anything_is_made(capsys, tiny_folder, tmp_path, name, more, message):
+    code, _, err = bench(capsys, name, tiny_folder, tmp_path / "run", "--method", "none", *more)
+    assert code == 1
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.fixture
+def clone(tmp_path):
+    folder = tmp_path / "clone" / "examples" / "dataset"
+    folder.mkdir(parents=True)
+    for category, prompts in PROMPTS.items():
+        (folder / f"{category}_val.txt").write_text("\n".join(prompts) + "\n")
+    (folder / "new_objects.txt").write_text("dog - dogs\ncup - cups\n")
+    (folder / "complex_val_spatial.txt").write_text("The red cup is near the dog.\n")
+    (folder / "complex_val_action.txt").write_text("The dog runs.\n")
+    return tmp_path / "clone"
+
+
+def test_t2i_compbench_from_command_to_table(capsys, tiny_folder, tmp_path, models, clone):
+    ANNOTATIONS.write(tmp_path / "phrases.json")
+    judges = ["--blip", models / "blip", "--clip", models / "clip", "--detector", models / "owl", "--depth", models / "dpt"]
+    more = ["--prompts", clone, "--phrases", tmp_path / "phrases.json", *judges, "--samples", "2", "--method", "none"]
+    code, out, err = bench(capsys, "t2i-compbench", tiny_folder, tmp_path / "run", *more)
+    assert code == 0, err
+    assert "Mean scores, with 95 % intervals" in out
+    assert "color: unknown list" in out
+    folder = tmp_path / "run" / "none"
+    found = rows(folder)
+    assert len(found) == 2 * sum(map(len, PROMPTS.values()))
+    assert {"filename", "tag", "prompt", "value", "scorer", "detail"} == set(found[0])
+    answers = json.loads((folder / "color" / "annotation_blip" / "vqa_result.json").read_text())
+    assert [answer["question_id"] for answer in answers] == [0, 1, 2, 3]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["methods"]["none"]["tasks"]) == list(PROMPTS)
+
+    (clone / "examples" / "dataset" / "color_val.txt").write_text("a blue dog and a red cup\n")
+    other = Annotations("hand", {**ANNOTATIONS.prompts, "a blue dog and a red cup": ANNOTATIONS.prompts[PROMPTS["color"][0]]})
+    other.write(tmp_path / "phrases.json")
+    code, _, err = bench(capsys, "t2i-compbench", tiny_folder, tmp_path / "run", *more)
+    assert code == 1
+    assert "other settings (prompt lists" in err
+
+
+def test_t2i_compbench_says_early_that_phrases_are_missing(capsys, tiny_folder, tmp_path, clone):
+    Annotations("hand", {}).write(tmp_path / "phrases.json")
+    more = ["--prompts", clone, "--phrases", tmp_path / "phrases.json", "--category", "color", "--method", "none"]
+    code, _, err = bench(capsys, "t2i-compbench", tiny_folder, tmp_path / "run", *more)
+    assert code == 1
+    assert "lacks the prompt 'a red cup and a blue bowl'" in err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_t2i_compbench_on_given_detections(capsys, tiny_folder, tmp_path, clone):
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    names = [f"{prompt}_{i:06d}.png" for i, prompt in enumerate(PROMPTS["spatial"])]
+    boxes = [{"label": "dog", "score": 0.8, "box": [0, 0, 100, 100]}, {"label": "cup", "score": 0.6, "box": [300, 0, 400, 100]}]
+    (tmp_path / "detections.json").write_text(json.dumps(dict.fromkeys(names, boxes)))
+    more = ["--prompts", clone, "--category", "spatial", "--detections", tmp_path / "detections.json", "--samples", "1", "--method", "none"]
+    code, _, err = bench(capsys, "t2i-compbench", tiny_folder, tmp_path / "run", *more)
+    assert code == 0, err
+    assert [row["value"] for row in rows(tmp_path / "run" / "none")] == pytest.approx([0.85, 0.0])
+
+
+def test_images_of_another_program_are_judged_where_they_lie(capsys, tiny_folder, tmp_path, models):
+    """GenEval's layout with four-digit names, without traces or settings."""
+    from PIL import Image
+
+    from diffalign.benchmarks.geneval import GenEvalBenchmark
+
+    for item in GenEvalBenchmark(limit=6, samples=2).items():
+        path = tmp_path / "theirs" / f"{item.index:05d}" / "samples" / f"{item.sample:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (40 * item.sample, 10, 10)).save(path)
+    code, out, err = bench(capsys, "geneval", tiny_folder, tmp_path / "report", *geneval(models), "--images", tmp_path / "theirs")
+    assert code == 0, err
+    assert "| theirs" in out
+    assert len(rows(tmp_path / "theirs")) == 12
+    assert (tmp_path / "theirs" / "summary.txt").read_text().startswith("Summary")
+    assert "images fail" in (tmp_path / "theirs" / "failures.html").read_text()
+    assert (tmp_path / "report" / "table.html").is_file()
+    assert not (tmp_path / "report" / "none").exists()
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_share_the_work_and_the_first_reports(capsys, tiny_folder, tmp_path, clone):
+    """Two processes under torch's launcher, as `accelerate launch` starts them; the images and scores of one run."""
+    boxes = [{"label": "dog", "score": 0.8, "box": [0, 0, 100, 100]}]
+    names = [f"{prompt}_{2 * i + k:06d}.png" for i, prompt in enumerate(PROMPTS["spatial"]) for k in range(2)]
+    (tmp_path / "detections.json").write_text(json.dumps(dict.fromkeys(names, boxes)))
+    more = ["--prompts", clone, "--category", "spatial", "--detections", tmp_path / "detections.json", "--samples", "2", "--method", "none"]
+    assert bench(capsys, "t2i-compbench", tiny_folder, tmp_path / "one", *more)[0] == 0
+    fixed = ["--pipeline", tiny_folder, "--steps", "1", "--guidance-scale", "0", "--device", "cpu", "--out", tmp_path / "two"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "diffalign.cli"]
+    command = [*launcher, "bench", "t2i-compbench", *fixed, *more]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Mean scores, with 95 % intervals") == 1
+    assert rows(tmp_path / "two" / "none") == rows(tmp_path / "one" / "none")
+    assert sorted(path.name for path in (tmp_path / "two" / "none" / "scores").iterdir()) == [
+        "2d-spatial.0-of-2.jsonl",
+        "2d-spatial.1-of-2.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(("file", "name", "samples"), [("geneval", "geneval", 4), ("t2i_compbench", "t2i-compbench", 10)])
+def test_the_shipped_configs_are_the_official_protocols(file, name, samples):
+    more = {"geneval": ["--detector", "hf"], "t2i-compbench": ["--prompts", "clone"]}[name]
+    args = build_parser().parse_args(config.expand(["bench", name, "--config", str(ROOT / f"configs/bench/real/{file}.yaml"), *more]))
+    judging.resolve(args)
+    assert (args.samples, args.limit, args.pipeline, args.method) == (samples, None, "sd-turbo", ["none"])
