@@ -1,15 +1,23 @@
-"""Shared fixtures, one thread, no network."""
+"""Shared fixtures, one thread, no network, and array shapes in annotations checked at run time where they are known to hold."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+import tests.shapecheck
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub; a test that reaches for the network is wrong
 
 torch.set_num_threads(1)
+
+# The hook imports its checker by name, and finds no submodule of `tests` under pytest's importlib mode.
+sys.modules["shapecheck"] = tests.shapecheck
+install_import_hook(["pipelines"], "shapecheck.check_shapes")  # add a package here once its annotations hold
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from jaxtyping import AbstractArray
 
@@ -33,11 +34,15 @@ def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; any other hint alone. The arguments of a Callable are not values to look at."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
 def _has_shape(hint: Any) -> bool:
-    return any(inspect.isclass(part) and issubclass(part, AbstractArray) for part in (hint, *get_args(hint)))
+    return any(inspect.isclass(choice) and issubclass(choice, AbstractArray) for choice in _choices(hint))
 
 
 def _require(value: Any, hint: Any) -> None:
-    choices = get_args(hint) or (hint,)
-    if not any(isinstance(value, choice) for choice in choices if inspect.isclass(choice)):
+    if not any(isinstance(value, choice) for choice in _choices(hint) if inspect.isclass(choice)):
         raise TypeError(f"expected {hint}, got {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}")

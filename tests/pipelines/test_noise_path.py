@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jaxtyping
 import pytest
 import torch
 
@@ -135,3 +136,8 @@ def test_offloaded_weights_refuse_a_gradient(pipe):
     pipe.noise_to_images(noise, conditioning, {"num_inference_steps": 1})
     with pytest.raises(RuntimeError, match="CPU offloading"):
         pipe.noise_to_images(noise.requires_grad_(), conditioning, {"num_inference_steps": 1})
+
+
+def test_annotated_shapes_are_checked_while_testing(pipe):
+    with pytest.raises(jaxtyping.TypeCheckError, match="latents"):
+        pipe.decode(torch.zeros(4, 16, 16))
