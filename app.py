@@ -150,7 +150,7 @@ def build_app(
                 evaluations = gr.Slider(1, 100, 50, step=1, label="Evaluations", info="How many images the search may try.")
                 with gr.Row():
                     pipeline = gr.Dropdown(list(pipelines), value=pipelines[0], label="Model", min_width=120)
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
+                    seed = gr.Number(0, label="Seed", precision=0, min_width=120)
                 with gr.Accordion("Rewards", open=True):
                     gr.Markdown("Weights of the sum that is optimised. A reward with weight 0 is only watched.")
                     sliders = [

@@ -13,8 +13,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffalign.hub import guided as guided
     from diffalign.hub import load_pipeline as load_pipeline
     from diffalign.hub import load_reward as load_reward
+    from diffalign.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
+    from diffalign.methods.guidance_rivals import DeltaReuse as DeltaReuse
+    from diffalign.methods.guidance_rivals import FixedFraction as FixedFraction
+    from diffalign.methods.guidance_rivals import IntervalGuidance as IntervalGuidance
+    from diffalign.methods.guidance_search import SearchedGuidance as SearchedGuidance
+    from diffalign.methods.linear_guidance import LinearGuidance as LinearGuidance
     from diffalign.methods.reno import ReNO as ReNO
     from diffalign.methods.search import BestOfN as BestOfN
     from diffalign.rewards import RewardMix as RewardMix
@@ -28,6 +35,13 @@ _LAZY = {
     "ReNO": "diffalign.methods.reno",
     "BestOfN": "diffalign.methods.search",
     "RewardMix": "diffalign.rewards",
+    "guided": "diffalign.hub",
+    "AdaptiveGuidance": "diffalign.methods.adaptive_guidance",
+    "LinearGuidance": "diffalign.methods.linear_guidance",
+    "SearchedGuidance": "diffalign.methods.guidance_search",
+    "FixedFraction": "diffalign.methods.guidance_rivals",
+    "IntervalGuidance": "diffalign.methods.guidance_rivals",
+    "DeltaReuse": "diffalign.methods.guidance_rivals",
 }
 
 __all__ = ["__version__", *_LAZY]

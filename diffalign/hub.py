@@ -9,6 +9,7 @@ import importlib
 import importlib.resources
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from diffalign.rewards import RewardMix
+    from diffalign.types import GuidanceMethod
     from pipelines.aligned import AlignedPipeline
+    from pipelines.guidance_hook import Guided
     from pipelines.presets import Family, Preset
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -82,6 +85,18 @@ def load_reward(spec: str | Mapping[str, float], *, watch: Sequence[str] = (), d
     # a name in both is RewardMix's to refuse, but not worth loading twice
     watched = {name: members[name][0] if name in members else reward_models.load(name, device=target) for name in watch}
     return RewardMix(members, watched)
+
+
+def guided(pipeline: Any, method: GuidanceMethod, *, guidance_scale: float | None = None) -> AbstractContextManager[Guided]:
+    """`with guided(pipeline, AdaptiveGuidance()) as run: pipeline(prompt)`: a guidance method on a stock diffusers pipeline.
+
+    Our own pipelines take the method as a plugin. guidance_scale: what the calls are given, for pipelines that keep it to themselves
+    (PixArt; FLUX, whose true_cfg_scale it is) and methods that need it. `run.report` says what the last call cost.
+    Raises ValueError for a pipeline that cannot be served, with the reason.
+    """
+    from pipelines.guidance_hook import guide
+
+    return guide(pipeline, method, guidance_scale=guidance_scale, cosine_threshold=getattr(pipeline, "cosine_threshold", None))
 
 
 def _device(device: Any) -> torch.device:
@@ -201,4 +216,5 @@ def _finish(pipeline: AlignedPipeline, preset: Preset | None, device: torch.devi
         pipeline.scheduler = getattr(diffusers, preset.scheduler).from_config(pipeline.scheduler.config)
     if preset is not None:
         pipeline.defaults = preset.defaults()
+        pipeline.cosine_threshold = preset.cosine_threshold
     return pipeline.to(device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -18,8 +18,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.types import NoiseMethod, NoiseProblem, StepMethod
-from pipelines import inputs, state
+from diffalign.types import GuidanceMethod, GuidanceReport, NoiseMethod, NoiseProblem, StepMethod
+from pipelines import guidance_hook, inputs, state
 from pipelines.outputs import AlignedOutput, Conditioning
 
 Progress = Callable[[int, Mapping[str, Sequence[float]]], None]
@@ -35,6 +35,7 @@ class AlignedPipeline:
     search_arguments: ClassVar[frozenset[str]]  # stock arguments of the sampler itself, the same for every sample
     encode_arguments: ClassVar[frozenset[str]]  # stock arguments that only the text encoder needs
     defaults: Mapping[str, Any] = MappingProxyType({})  # stock arguments used where the caller gives none; set by presets
+    cosine_threshold: float | None = None  # at which Adaptive Guidance stops guiding, calibrated for this model; set by presets
 
     # ---- what a family provides -------------------------------------------------------------------------------------------------
 
@@ -144,12 +145,12 @@ class AlignedPipeline:
             arguments["latents"] = arguments["latents"].to(getattr(self, self.denoiser).dtype)
         with ExitStack() as stack:
             stack.enter_context(state.without_stock_truncation_warnings(self.stock_class.__module__))
-            for step in steps:
-                stack.enter_context(step.attach(self))
+            attached = [stack.enter_context(step.attach(self)) for step in steps]
             output = super().__call__(**arguments)
         if isinstance(output, tuple):
             return output
-        return AlignedOutput(output.images, getattr(output, "nsfw_content_detected", None), seeds, cut)
+        nsfw = getattr(output, "nsfw_content_detected", None)
+        return AlignedOutput(output.images, nsfw, seeds, cut, guidance=_guidance_report(attached))
 
     def _search(
         self,
@@ -180,8 +181,7 @@ class AlignedPipeline:
             stack.callback(self.maybe_free_model_hooks)  # our own decode leaves an offloaded VAE on the accelerator
             for change in (state.frozen, state.silent_progress, state.own_scheduler):
                 stack.enter_context(change(self))
-            for step in steps:
-                stack.enter_context(step.attach(self))
+            attached = [stack.enter_context(step.attach(self)) for step in steps]
             extra = {name: given[name] for name in self.encode_arguments & given.keys()}
             conditioning = self.encode(prompts, arguments.get("negative_prompt"), **extra).rows(samples)
             generators = inputs.make_generators(seeds)
@@ -208,7 +208,12 @@ class AlignedPipeline:
         images, initial = (self.image_processor.postprocess(each, output_type, do_denormalize=done) for each in (best, first))
         if arguments.get("return_dict") is False:
             return images, None
-        return AlignedOutput(images, None, seeds, cut, result.trace, result.noise.detach().float(), initial)
+        guidance = _guidance_report(attached)
+        return AlignedOutput(images, None, seeds, cut, result.trace, result.noise.detach().float(), initial, guidance)
+
+    def guide(self, method: GuidanceMethod) -> AbstractContextManager[guidance_hook.Guided]:
+        """Calls inside the block are guided by `method`; what `plugins=[method]` does for one call. See pipelines/guidance_hook.py."""
+        return guidance_hook.guide(self, method, cosine_threshold=self.cosine_threshold)
 
     # ---- small change -----------------------------------------------------------------------------------------------------------
 
@@ -233,3 +238,9 @@ class AlignedPipeline:
         """model_index.json, under the stock class's name, so that any diffusers installation loads what we save."""
         config = json.loads(super().to_json_string())
         return json.dumps({**config, "_class_name": self.stock_class.__name__}, indent=2, sort_keys=True) + "\n"
+
+
+def _guidance_report(attached: Sequence[Any]) -> GuidanceReport | None:
+    """The latest report of the guidance method among what step methods left behind, if one is."""
+    reports = [each.report for each in attached if isinstance(each, guidance_hook.Guided)]
+    return reports[-1] if reports else None

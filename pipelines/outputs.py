@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from diffalign.types import Trace
+from diffalign.types import GuidanceReport, Trace
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class AlignedOutput(BaseOutput):
     images: PIL images, or what output_type asked for. seeds: one for each image; None where the caller brought generators.
     truncated: for each image the end of its prompt that the model could not see, or None. Where a search over noise ran also:
     trace; noise (float32, unit variance: pass it as latents=); initial_images (of the type of images: where the search started).
+    guidance: where a guidance method ran, what it cost; of the last generation, where there were several.
     """
 
     images: Any
@@ -47,3 +48,4 @@ class AlignedOutput(BaseOutput):
     trace: Trace | None = None
     noise: Tensor | None = None
     initial_images: Any = None
+    guidance: GuidanceReport | None = None

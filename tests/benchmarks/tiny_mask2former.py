@@ -67,7 +67,7 @@ def mmdet_layout(model: Mask2FormerForUniversalSegmentation) -> dict[str, Tensor
                 out[f"{name}.attn.w_msa.qkv.{kind}"] = fused(parts, kind)
             bias = block.attention.relative_position_bias
             out[f"{name}.attn.w_msa.relative_position_bias_table"] = bias.relative_position_bias_table.detach()
-            out[f"{name}.attn.w_msa.relative_position_index"] = bias.relative_position_index.view(9, 9)
+            out[f"{name}.attn.w_msa.relative_position_index"] = bias.relative_position_index.view(bias.window_area, bias.window_area)
             put(f"{name}.ffn.layers.0.0", block.mlp.fc1)
             put(f"{name}.ffn.layers.1", block.mlp.fc2)
         if stage.downsample is not None:

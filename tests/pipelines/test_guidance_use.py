@@ -234,7 +234,7 @@ def predicted_by_hand(network, family, coefficients):
             return u
         if step > 3:
             return c
-        if step == 1:
+        if step == 1:  # noqa: SIM108
             columns = [past[0][1], c - past[0][0], c]
         else:
             columns = [past[0][1], past[1][1], c - past[0][0], past[0][0] - past[1][0], c]
