@@ -153,12 +153,7 @@ def build_app(
                     seed = gr.Number(0, label="Seed", precision=0, min_width=120)
                 with gr.Accordion("Rewards", open=True):
                     gr.Markdown("Weights of the sum that is optimised. A reward with weight 0 is only watched.")
-                    sliders = [
-                        gr.Slider(
-                            -1, 2, options.DEFAULT_REWARD.get(name, float(i == 0 and not options.DEFAULT_REWARD)), step=0.1, label=name
-                        )
-                        for i, name in enumerate(rewards)
-                    ]
+                    sliders = [gr.Slider(-1, 2, options.DEFAULT_REWARD.get(name, 0.0), step=0.1, label=name) for name in rewards]
             with gr.Column(scale=7, min_width=420):
                 with gr.Row():
                     before = gr.Image(label="Before", type="pil", format="png", interactive=False, buttons=["download"], min_width=200)
