@@ -114,7 +114,7 @@ def build_app(
 
     def generate(
         request: gr.Request, prompt: str, pipeline: str, method: str, evaluations: float, seed: float, *weights: float
-    ) -> Iterator[tuple[Any, Any, pd.DataFrame, str]]:
+    ) -> Iterator[tuple[Any, Any, pd.DataFrame | None, str]]:
         """Yields (before, after, scores so far, status) while the search runs."""
         if not prompt.strip():
             raise gr.Error("Write a prompt first.", print_exception=False)
@@ -159,15 +159,8 @@ def build_app(
                     before = gr.Image(label="Before", type="pil", format="png", interactive=False, buttons=["download"], min_width=200)
                     after = gr.Image(label="After", type="pil", format="png", interactive=False, buttons=["download"], min_width=200)
                 status = gr.Markdown("Press **Generate**.", elem_id="status")
-                plot = gr.LinePlot(
-                    scores_table([]),
-                    x="evaluation",
-                    y="gain",
-                    color="reward",
-                    height=280,
-                    y_title="gain over the first image",
-                    label="Rewards",
-                )
+                # without a height: a fixed one cuts the legend off
+                plot = gr.LinePlot(x="evaluation", y="gain", color="reward", y_title="gain", label="Rewards of the best image so far")
         gr.Examples([[example] for example in EXAMPLES], inputs=[prompt], label="Prompts to try")
         inputs = [prompt, pipeline, method, evaluations, seed, *sliders]
         gr.on(
@@ -193,7 +186,7 @@ def run_pipeline(pipe: Any, method: Any, reward: Watched, prompt: str, seed: int
     return output
 
 
-def follow(search: Search, reward: Watched, evaluations: int) -> Iterator[tuple[Any, Any, pd.DataFrame, str]]:
+def follow(search: Search, reward: Watched, evaluations: int) -> Iterator[tuple[Any, Any, pd.DataFrame | None, str]]:
     """What the page shows while `search` runs, at most every REFRESH seconds, and at its end. Raises what the search raised."""
     began, shown, seen = time.perf_counter(), 0.0, []
     thread = search.start()
@@ -222,15 +215,21 @@ def show(image: Any) -> Image.Image | None:
     return enlarge(Image.fromarray(pixels), VIEW)
 
 
-def scores_table(seen: Sequence[Mapping[str, float]]) -> pd.DataFrame:
-    """Every reward's gain over its first score, since the rewards' own scales differ."""
-    names = list(seen[0]) if seen else []
+def scores_table(seen: Sequence[Mapping[str, float]]) -> pd.DataFrame | None:
+    """Each reward of the best image so far, as its gain over the first image, since the rewards' own scales differ. None for nothing.
+
+    An empty table would do as well but for gradio's plot, which takes its colours and kinds of axes from the first table it sees.
+    """
+    if not seen:
+        return None
+    names = list(seen[0])
     if any(all(scores["total"] == scores[name] for scores in seen) for name in names if name != "total"):
         names.remove("total")  # one reward of weight 1: the total is that line again
-    rows = [
-        {"evaluation": i, "reward": name, "gain": round(scores[name] - seen[0][name], 6)} for i, scores in enumerate(seen) for name in names
-    ]
-    return pd.DataFrame(rows, columns=["evaluation", "reward", "gain"])
+    rows, best = [], seen[0]
+    for i, scores in enumerate(seen):
+        best = scores if scores["total"] > best["total"] else best
+        rows += [{"evaluation": i, "reward": name, "gain": round(best[name] - seen[0][name], 6)} for name in names]
+    return pd.DataFrame(rows)
 
 
 def sentence(word: str, seen: Sequence[Mapping[str, float]], evaluations: int, began: float) -> str:

@@ -161,9 +161,16 @@ def test_leaving_the_page_ends_the_search():
 
 def test_the_total_is_drawn_where_it_is_a_line_of_its_own():
     one = app.scores_table([{"total": 2.0, "a": 2.0, "b": 1.0}, {"total": 3.0, "a": 3.0, "b": 0.5}])
+    assert app.scores_table([]) is None
     two = app.scores_table([{"total": 5.0, "a": 2.0, "b": 3.0}, {"total": 6.0, "a": 3.5, "b": 2.5}])
     assert set(one["reward"]) == {"a", "b"}
     assert list(two[two["reward"] == "total"]["gain"]) == [0, 1]
+
+
+def test_the_plot_follows_the_best_image_so_far():
+    table = app.scores_table([{"total": t, "a": t, "b": b} for t, b in ((2.0, 5.0), (1.0, 9.0), (4.0, 3.0), (3.0, 7.0))])
+    assert list(table[table["reward"] == "a"]["gain"]) == [0, 0, 2, 2]
+    assert list(table[table["reward"] == "b"]["gain"]) == [0, 0, -2, -2]
 
 
 def test_an_error_inside_the_search_reaches_the_page():

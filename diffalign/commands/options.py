@@ -169,8 +169,13 @@ def batch_size(args: argparse.Namespace, shapes_default: int) -> int:
 
 def load_parts(args: argparse.Namespace, mix: Mapping[str, float]) -> tuple[Any, Any]:
     """The pipeline, silent, and the reward on its device (None for an empty mix). This is where the heavy imports happen."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     from diffalign.hub import load_pipeline, load_reward
 
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # loading is over in a second or two; downloads keep their bars
     pipeline = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     pipeline.set_progress_bar_config(disable=True)  # our own bar counts evaluations; one more per denoising step would bury it
     reward = load_reward(dict(mix), watch=tuple(args.watch or ()), device=str(pipeline.device)) if mix else None
