@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,10 +63,18 @@ def load_pipeline(name: str | Path, *, device: str | torch.device | None = None,
     raise AssertionError(text)
 
 
-def load_reward(spec: str | Mapping[str, float], *, watch: Sequence[str] = (), device: str | torch.device | None = None) -> RewardMix:
+def load_reward(
+    spec: str | Mapping[str, float],
+    *,
+    watch: Sequence[str] = (),
+    sources: Mapping[str, Any] = MappingProxyType({}),
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> RewardMix:
     """A mix of reward models: a name, or names with weights ({"shapes-clip": 1.0, "shapes-preference": 0.5}).
 
-    watch: further rewards that are scored and reported but not optimised. device: cuda where there is one, else cpu.
+    watch: further rewards that are scored and reported but not optimised. sources: name -> where its weights lie, as `source` of
+    reward_models.load. device: cuda where there is one, else cpu. dtype: of every backbone; each reward's own without one.
     Raises ValueError for an unknown name (with a hint), an empty spec, a weight that is zero or not finite; TypeError for wrong types.
     """
     import reward_models
@@ -78,12 +87,19 @@ def load_reward(spec: str | Mapping[str, float], *, watch: Sequence[str] = (), d
         raise ValueError("spec is empty; name at least one reward, as in {'shapes-clip': 1.0}")
     if isinstance(watch, str):
         raise TypeError(f"watch must be a list of reward names, got the string {watch!r}; write watch=[{watch!r}]")
-    for name in (*weights, *watch):
+    for name in (*weights, *watch, *sources):
         reward_models.spec_of(name)  # every name is known before the first one loads
+    for name in sources:
+        if name not in (*weights, *watch):
+            raise ValueError(f"sources names {name!r}, which is neither in spec nor in watch")
     target = str(_device(device))
-    members = {name: (reward_models.load(name, device=target), weight) for name, weight in weights.items()}
+
+    def load(name: str) -> Any:
+        return reward_models.load(name, source=sources.get(name), device=target, dtype=dtype)
+
+    members = {name: (load(name), weight) for name, weight in weights.items()}
     # a name in both is RewardMix's to refuse, but not worth loading twice
-    watched = {name: members[name][0] if name in members else reward_models.load(name, device=target) for name in watch}
+    watched = {name: members[name][0] if name in members else load(name) for name in watch}
     return RewardMix(members, watched)
 
 

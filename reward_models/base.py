@@ -30,23 +30,51 @@ __all__ = ["Images", "RewardModel", "Scores", "cosine"]
 class RewardModel(nn.Module):
     """A frozen reward. Gradients reach the images, never the parameters; the caller decides about no_grad.
 
-    Facts of its `spec` are attributes: name, paper, licence, range, differentiable.
+    Facts of its `spec` are attributes: name, paper, licence, range, differentiable. A subclass says which of its submodules serve prompts
+    alone (`text_modules`, dotted names) and which stay float32 whatever `cast` is told (`full_precision`, names of children).
     """
+
+    text_modules: tuple[str, ...] = ()
+    full_precision: tuple[str, ...] = ("head",)
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec, self.name, self.paper, self.licence = spec, spec.name, spec.paper, spec.licence
         self.range, self.differentiable = spec.range, spec.differentiable
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
-        self._warned = False
+        self._warned = self._text_dropped = False
 
-    def encode_text(self, prompts: list[str]) -> Float[Tensor, "n d"]:
-        """Embeddings of prompts; never called for a reward whose spec says needs_prompt=False."""
+    def encode_text(self, prompts: list[str]) -> Sequence[Tensor]:
+        """What is kept of each prompt, one tensor each: an embedding, or token ids. Not called where the spec says needs_prompt=False."""
         raise NotImplementedError
 
-    def score(self, images: Images, texts: Float[Tensor, "b d"] | None) -> Scores:
-        """Scores of checked images; `texts` are rows of `encode_text`."""
+    def collate(self, texts: list[Tensor]) -> Tensor:
+        """What `score` is given, from what `encode_text` kept of each prompt; padding belongs here."""
+        return torch.stack(texts)
+
+    def score(self, images: Images, texts: Tensor | None) -> Scores:
+        """Scores of checked images; `texts` as `collate` makes them, on the device of the images."""
         raise NotImplementedError
+
+    def cast(self, dtype: torch.dtype) -> RewardModel:
+        """Put the backbone into a dtype; children named in `full_precision` stay float32."""
+        for name, child in self.named_children():
+            if name not in self.full_precision:
+                child.to(dtype)
+        self._forget()
+        return self
+
+    def drop_text_encoder(self) -> None:
+        """Free what serves prompts alone; those prepared so far still score, another one raises ValueError.
+
+        Raises ValueError where there is nothing to drop: no prompt, or prompt and image run through the same layers.
+        """
+        if not self.text_modules:
+            raise ValueError(f"reward {self.name!r} has no text encoder that could be dropped")
+        for path in self.text_modules:
+            parent, _, leaf = path.rpartition(".")
+            setattr(self.get_submodule(parent), leaf, None)
+        self._text_dropped = True
 
     def train(self, mode: bool = True) -> RewardModel:
         """A reward stays in evaluation mode, and its parameters frozen, whatever it is part of."""
@@ -61,26 +89,33 @@ class RewardModel(nn.Module):
     def forward(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Scores, float32. Raises TypeError and ValueError, naming the argument and, for a bad image, its index."""
         check_call(self, images, prompts)
-        return self.score(images, self._embed(prompts)).float()
+        texts = self._embed(prompts)
+        return self.score(images, None if texts is None else texts.to(images.device)).float()
 
     def _embed(self, prompts: Sequence[str]) -> Tensor | None:
         if not self.spec.needs_prompt:
             return None
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if missing and self._text_dropped:
+            raise ValueError(f"reward {self.name!r}: its text encoder was dropped before the prompt {missing[0][:60]!r} was prepared")
         found = {prompt: self._texts[prompt] for prompt in prompts if prompt in self._texts}
         for start in range(0, len(missing), TEXT_CHUNK):
             chunk = missing[start : start + TEXT_CHUNK]
             with torch.inference_mode(False), torch.no_grad():  # autograd later refuses tensors made in inference mode
-                found |= zip(chunk, self.encode_text(chunk).unbind(), strict=True)
+                found |= zip(chunk, self.encode_text(chunk), strict=True)
         for prompt, text in found.items():  # all of this call are now the most recently used
             self._texts[prompt] = text
             self._texts.move_to_end(prompt)
         while len(self._texts) > CACHED_PROMPTS:
             self._texts.popitem(last=False)
-        return torch.stack([found[prompt] for prompt in prompts])
+        return self.collate([found[prompt] for prompt in prompts])
+
+    def _forget(self) -> None:
+        if not self._text_dropped:  # what cannot be made again stays as it is
+            self._texts.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> RewardModel:
-        self._texts.clear()  # a move to another device or dtype leaves the cached texts behind
+        self._forget()  # texts encoded on another device or in another dtype
         return super()._apply(*args, **kwargs)
 
 

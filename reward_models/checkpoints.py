@@ -1,4 +1,4 @@
-"""Reading checkpoints: safetensors alone, every tensor accounted for, and errors that name the file."""
+"""Reading checkpoints: every tensor accounted for, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -13,36 +13,70 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from reward_models.sources import Source
+
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def existing(path: Path, reward: str) -> Path:
-    """The path, or FileNotFoundError saying what to do."""
-    if not path.exists():
-        raise FileNotFoundError(f"reward {reward!r}: {path} is missing; train it with `python -m diffalign.shapes.train`, or pass folder=")
-    return path
+def read_weights(path: Path, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, its floats in `dtype` (None: as stored): .safetensors, a .json index of several, or torch's own.
 
-
-def read_weights(path: Path, reward: str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in float32. Raises FileNotFoundError; ValueError for a damaged file or values not finite."""
-    try:
-        tensors = load_file(existing(path, reward))
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); make or copy it again") from error
+    torch's own (.pt, .pth, .bin) may hold a state dict or {"state_dict": ...}; it is read with weights_only=True.
+    Raises ValueError for a damaged file, for anything but tensors and for values that are not finite.
+    """
+    if path.suffix == ".json":
+        tensors = _read_shards(path, dtype)
+    else:
+        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: tensor {name!r} has values that are not finite; the checkpoint is unusable")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    if dtype is None:
+        return tensors
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load with full accounting. Raises ValueError naming the tensors that are missing, unexpected or of another shape."""
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); make or copy it again") from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a zip, pickle, end-of-file or runtime error, depending on where it is cut
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} is truncated or no checkpoint of tensors alone ({reason}); make or copy it again") from error
+    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping) or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path} holds no state dict: a mapping from names to tensors is needed")
+    return dict(content)
+
+
+def _read_shards(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    index = read_json(path, ("weight_map",))["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(index.values())):
+        shard = path.parent / str(name)
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard}, which {path.name} lists, is missing; copy the whole folder")
+        tensors |= read_weights(shard, dtype)
+    return tensors
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, unused: Sequence[str] = ()) -> None:
+    """Load with full accounting; the module takes the tensors over, in their dtype.
+
+    unused: prefixes of tensors that the published file has and the model does not need. Raises ValueError naming the tensors that are
+    missing, unexpected or of another shape.
+    """
     expected = module.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if name in expected or not name.startswith(tuple(unused))}
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
@@ -51,17 +85,17 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"{path} does not fit the model its configuration describes; {'; '.join(found)}")
-    module.load_state_dict(dict(tensors))
+    module.load_state_dict(tensors, assign=True)
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def read_json(path: Path, reward: str, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError; ValueError where it is no JSON object or lacks one of `keys`."""
+def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where it is none or lacks one of `keys`."""
     try:
-        content = json.loads(existing(path, reward).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(content, dict) or any(key not in content for key in keys):
@@ -69,12 +103,11 @@ def read_json(path: Path, reward: str, keys: Sequence[str] = ()) -> dict[str, An
     return content
 
 
-def read_tokenizer(folder: Path, reward: str) -> CLIPTokenizer:
-    """The folder's CLIPTokenizer. Raises FileNotFoundError, or ValueError where its files cannot be read."""
+def read_tokenizer(source: Source) -> CLIPTokenizer:
+    """The source's CLIPTokenizer. Raises FileNotFoundError, or ValueError where its files cannot be read."""
     from transformers import CLIPTokenizer
 
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        existing(folder / file, reward)
+    folder = source.folder("tokenizer.json", "tokenizer_config.json")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:

@@ -5,7 +5,7 @@ The folder holds the head alone (head.safetensors, config.json); the features co
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import open_clip
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reward_models.base import Images, RewardModel, Scores
 from reward_models.checkpoints import load_strict, read_json, read_weights
 from reward_models.shapes_clip import load_open_clip
+from reward_models.sources import Source
 from reward_models.spec import Spec
 
 KEYS = ("features", "width", "patches", "channels", "hidden")
@@ -21,11 +22,11 @@ KEYS = ("features", "width", "patches", "channels", "hidden")
 class ShapesAesthetic(RewardModel):
     """What is "well composed" is stated in diffalign/shapes/train/rewards_aesthetic.py and in the weights' card."""
 
-    def __init__(self, spec: Spec, folder: Path) -> None:
+    def __init__(self, spec: Spec, sources: Mapping[str, Source]) -> None:
         super().__init__(spec)
-        path = folder / "config.json"
-        config = read_json(path, spec.name, KEYS)
-        clip, self.pixels = load_open_clip(folder.parent / str(config["features"]), spec.name)
+        path = sources["model"].file("config.json")
+        config = read_json(path, KEYS)
+        clip, self.pixels = load_open_clip(Source(spec.name, "features", path.parents[1] / str(config["features"])))
         self.tower: open_clip.transformer.VisionTransformer = clip.visual
         self.tower.output_tokens = True  # its call then gives (embedding, patch features)
         width, patches, channels, hidden = (config[key] for key in KEYS[1:])
@@ -35,11 +36,10 @@ class ShapesAesthetic(RewardModel):
         self.head = nn.Sequential(
             nn.Linear(width, channels), nn.GELU(), nn.Flatten(), nn.Linear(channels * patches, hidden), nn.GELU(), nn.Linear(hidden, 1)
         )
-        weights = folder / "head.safetensors"
-        load_strict(self.head, read_weights(weights, spec.name), weights)
+        weights = sources["model"].file("head.safetensors")
+        load_strict(self.head, read_weights(weights), weights)
         self.train(False)
 
     def score(self, images: Images, texts: Tensor | None) -> Scores:
-        dtype = self.head[0].weight.dtype
-        _, patches = self.tower(self.pixels(images).to(dtype))
-        return self.head(patches.to(dtype)).squeeze(1)
+        _, patches = self.tower(self.pixels(images).to(self.tower.conv1.weight.dtype))
+        return self.head(patches.to(self.head[0].weight.dtype)).squeeze(1)

@@ -5,7 +5,7 @@ The folder is open_clip's own layout: open_clip_config.json ({"model_cfg", "prep
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import open_clip
@@ -15,6 +15,7 @@ from torch import Tensor
 from reward_models.base import Images, RewardModel, Scores, cosine
 from reward_models.checkpoints import load_strict, read_json, read_tokenizer, read_weights, tokenize
 from reward_models.pixels import Preprocess
+from reward_models.sources import Source
 from reward_models.spec import Spec
 
 GEOMETRY_OF = {"squash": "squash", "shortest": "shortest+crop", "longest": "longest+pad"}  # open_clip's resize_mode -> ours
@@ -23,10 +24,12 @@ GEOMETRY_OF = {"squash": "squash", "shortest": "shortest+crop", "longest": "long
 class ShapesCLIP(RewardModel):
     """Cosines are those of the network; the factor 100 is the field's, not the trained logit scale."""
 
-    def __init__(self, spec: Spec, folder: Path) -> None:
+    text_modules = ("clip.transformer", "clip.token_embedding", "clip.ln_final")
+
+    def __init__(self, spec: Spec, sources: Mapping[str, Source]) -> None:
         super().__init__(spec)
-        self.clip, self.pixels = load_open_clip(folder, spec.name)
-        self.tokenizer = read_tokenizer(folder, spec.name)
+        self.clip, self.pixels = load_open_clip(sources["model"])
+        self.tokenizer = read_tokenizer(sources["model"])
         self.train(False)
 
     def encode_text(self, prompts: list[str]) -> Float[Tensor, "n d"]:
@@ -37,20 +40,20 @@ class ShapesCLIP(RewardModel):
         return 100 * cosine(self.clip.encode_image(self.pixels(images).to(self.clip.visual.proj.dtype)), texts)
 
 
-def load_open_clip(folder: Path, reward: str) -> tuple[open_clip.CLIP, Preprocess]:
+def load_open_clip(source: Source) -> tuple[open_clip.CLIP, Preprocess]:
     """The model (float32) and the preprocessing of a folder in open_clip's layout.
 
     Raises FileNotFoundError and ValueError, naming the file that is missing or damaged.
     """
-    path = folder / "open_clip_config.json"
-    config = read_json(path, reward, ("model_cfg", "preprocess_cfg"))
+    path = source.file("open_clip_config.json")
+    config = read_json(path, ("model_cfg", "preprocess_cfg"))
     try:
         model = open_clip.CLIP(**config["model_cfg"])
         pixels = _preprocess(config["preprocess_cfg"])
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} does not describe an open_clip model ({error})") from error
-    weights = folder / "model.safetensors"
-    load_strict(model, read_weights(weights, reward), weights)
+    weights = source.file("model.safetensors")
+    load_strict(model, read_weights(weights), weights)
     return model, pixels
 
 

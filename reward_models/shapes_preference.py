@@ -6,6 +6,7 @@ transformers CLIPModel folder (config.json, model.safetensors, preprocessor_conf
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,20 @@ from transformers import CLIPConfig, CLIPModel
 from reward_models.base import Images, RewardModel, Scores, cosine
 from reward_models.checkpoints import load_strict, read_json, read_tokenizer, read_weights, tokenize
 from reward_models.pixels import Preprocess
+from reward_models.sources import Source
 from reward_models.spec import Spec
 
 
 class ShapesPreference(RewardModel):
     """A CLIPModel of transformers, in float32."""
 
-    def __init__(self, spec: Spec, folder: Path) -> None:
+    text_modules = ("clip.text_model", "clip.text_projection")
+
+    def __init__(self, spec: Spec, sources: Mapping[str, Source]) -> None:
         super().__init__(spec)
-        self.clip = load_clip_model(folder, spec.name)
-        self.pixels = read_preprocess(folder / "preprocessor_config.json", spec.name)
-        self.tokenizer = read_tokenizer(folder, spec.name)
+        self.clip = load_clip_model(sources["model"])
+        self.pixels = read_preprocess(sources["model"].file("preprocessor_config.json"))
+        self.tokenizer = read_tokenizer(sources["model"])
         self.train(False)
 
     def encode_text(self, prompts: list[str]) -> Float[Tensor, "n d"]:
@@ -38,22 +42,22 @@ class ShapesPreference(RewardModel):
         return self.clip.logit_scale.float().exp() * cosine(features, texts)
 
 
-def load_clip_model(folder: Path, reward: str) -> CLIPModel:
+def load_clip_model(source: Source) -> CLIPModel:
     """The model of a transformers folder, strictly: from_pretrained would fill missing tensors with random ones."""
-    path = folder / "config.json"
-    config = read_json(path, reward, ("text_config", "vision_config"))
+    path = source.file("config.json")
+    config = read_json(path, ("text_config", "vision_config"))
     try:
         model = CLIPModel(CLIPConfig.from_dict(config))
     except Exception as error:  # transformers validates configurations with exceptions of its own
         raise ValueError(f"{path} does not describe a CLIPModel ({error})") from error
-    weights = folder / "model.safetensors"
-    load_strict(model, read_weights(weights, reward), weights)
+    weights = source.file("model.safetensors")
+    load_strict(model, read_weights(weights), weights)
     return model
 
 
-def read_preprocess(path: Path, reward: str) -> Preprocess:
+def read_preprocess(path: Path) -> Preprocess:
     """The preprocessing a transformers image processor file describes: bicubic, shortest side and centre crop, or squashed."""
-    config = read_json(path, reward, ("size", "image_mean", "image_std"))
+    config = read_json(path, ("size", "image_mean", "image_std"))
     try:
         return _preprocess(config)
     except (TypeError, KeyError, ValueError) as error:

@@ -75,7 +75,7 @@ def load(weights):
     """load(name): a fresh reward, from the tiny checkpoints where it has weights."""
 
     def fresh(name: str, root: Path = weights):
-        return reward_models.load(name, folder=root / name if reward_models.SPECS[name].weights else None)
+        return reward_models.load(name, source=root / name if reward_models.SPECS[name].checkpoint else None)
 
     return fresh
 

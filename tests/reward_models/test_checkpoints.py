@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import reward_models
 
-TRAINED = [name for name, spec in reward_models.SPECS.items() if spec.weights]
+TRAINED = [name for name, spec in reward_models.SPECS.items() if spec.checkpoint]
 FILES = {
     "shapes-clip": ("open_clip_config.json", "model.safetensors", "tokenizer.json"),
     "shapes-preference": ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"),
@@ -40,13 +40,13 @@ def test_a_name_like_no_other_gets_the_list():
 
 
 def test_a_folder_for_a_reward_without_weights_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'brightness' has no weights to load; leave folder away"):
-        reward_models.load("brightness", folder=tmp_path)
+    with pytest.raises(ValueError, match="'brightness' has no weights to load; leave source away"):
+        reward_models.load("brightness", source=tmp_path)
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_missing_folder_is_named(load, tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"{name}.* is missing; train it with"):
+    with pytest.raises(FileNotFoundError, match=f"{name}.* is missing; say where the model lies with source="):
         load(name, tmp_path / "nowhere")
 
 
@@ -150,3 +150,93 @@ def test_a_broken_tokenizer_is_named(load, root):
     (root / "shapes-clip" / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"the tokenizer in .*shapes-clip cannot be read"):
         load("shapes-clip", root)
+
+
+def test_the_packages_own_weights_say_how_to_train_them():
+    from reward_models.sources import Source
+
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors is missing; train it with"):
+        Source("shapes-clip", "model", "package:shapes/weights/shapes-clip").file("nothing.safetensors")
+
+
+def test_parts_are_named(weights):
+    with pytest.raises(ValueError, match="'shapes-clip' has no part 'head'; its parts are model"):
+        reward_models.load("shapes-clip", source={"head": weights})
+    with pytest.raises(TypeError, match="source must be a path"):
+        reward_models.load("shapes-clip", source=3)
+    reward = reward_models.load("shapes-clip", source={"model": weights / "shapes-clip"})
+    assert reward.name == "shapes-clip"
+
+
+def test_a_place_that_is_one_file_is_that_file(weights, tmp_path):
+    from reward_models.sources import Source
+
+    file = shutil.copy(weights / "shapes-clip" / "model.safetensors", tmp_path / "other name.safetensors")
+    assert Source("r", "model", file).file("model.safetensors", "model.bin") == tmp_path / "other name.safetensors"
+
+
+def test_the_first_file_that_is_there_is_taken(weights):
+    from reward_models.sources import Source
+
+    source = Source("r", "model", weights / "shapes-clip")
+    assert source.file("absent.bin", "model.safetensors").name == "model.safetensors"
+    assert source.find("absent.bin") is None
+
+
+@pytest.mark.parametrize("wrap", [lambda tensors: tensors, lambda tensors: {"state_dict": tensors, "epoch": 3}])
+def test_torch_checkpoints_are_read_as_tensors_alone(tmp_path, wrap):
+    from reward_models.checkpoints import read_weights
+
+    tensors = {"a": torch.ones(2, dtype=torch.float16), "b": torch.arange(3)}
+    torch.save(wrap(tensors), tmp_path / "w.pt")
+    read = read_weights(tmp_path / "w.pt")
+    assert read["a"].dtype == torch.float32
+    assert read["b"].dtype == torch.int64
+    assert read_weights(tmp_path / "w.pt", None)["a"].dtype == torch.float16
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cut\.pt is truncated"):
+        read_weights(tmp_path / "cut.pt")
+    torch.save({"a": print}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match=r"code\.pt is truncated or no checkpoint of tensors alone"):
+        read_weights(tmp_path / "code.pt")
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_weights(tmp_path / "none.pt")
+
+
+def test_sharded_checkpoints_are_read_whole(tmp_path):
+    from reward_models.checkpoints import read_weights
+
+    save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.zeros(1)}, tmp_path / "2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    assert set(read_weights(index)) == {"a", "b"}
+    (tmp_path / "2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2\.safetensors, which model\.safetensors\.index\.json lists, is missing"):
+        read_weights(index)
+
+
+def test_what_a_model_does_not_need_must_be_named(tmp_path):
+    from reward_models.checkpoints import load_strict
+
+    layer = torch.nn.Linear(2, 1)
+    tensors = {name: torch.full_like(tensor, 3.0) for name, tensor in layer.state_dict().items()} | {"extra.scale": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"unexpected: extra\.scale"):
+        load_strict(layer, tensors, tmp_path)
+    load_strict(layer, tensors, tmp_path, unused=("extra.",))
+    assert layer.weight.tolist() == [[3.0, 3.0]]
+
+
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from reward_models.sources import Source
+
+    def fail(*args):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(OSError, match=r"could not download w\.pt of org/name .no connection.; check the connection"):
+        Source("r", "model", "org/name:w.pt").file("anything")

@@ -247,3 +247,34 @@ def test_brightness_by_hand(load):
     pictures = torch.stack([torch.full((3, 4, 4), 0.25), torch.zeros(3, 4, 4)])
     pictures[1, 1] = 1.0
     torch.testing.assert_close(load("brightness")(pictures, ["", ""]), torch.tensor([0.25, 0.7152]))
+
+
+@pytest.mark.parametrize("name", [name for name in PROMPTED if name in ("shapes-clip", "shapes-preference")])
+def test_the_text_encoder_can_be_dropped(load, images, name):
+    reward = load(name)
+    reward.prepare(PROMPTS)
+    before, size = reward(images, PROMPTS), sum(p.numel() for p in reward.parameters())
+    reward.drop_text_encoder()
+    reward.to("cpu")
+    assert sum(p.numel() for p in reward.parameters()) < 0.7 * size
+    assert torch.equal(reward(images, PROMPTS), before)
+    with pytest.raises(ValueError, match="text encoder was dropped before the prompt 'a diamond' was prepared"):
+        reward(images[:1], ["a diamond"])
+
+
+def test_there_may_be_nothing_to_drop(load):
+    with pytest.raises(ValueError, match="'brightness' has no text encoder"):
+        load("brightness").drop_text_encoder()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_the_backbone_takes_the_dtype_asked_for(weights, images, dtype):
+    reward = reward_models.load("shapes-aesthetic", source=weights / "shapes-aesthetic", dtype=dtype)
+    assert reward.tower.conv1.weight.dtype == torch.bfloat16
+    assert reward.head[0].weight.dtype == torch.float32
+    assert reward(images, PROMPTS).dtype == torch.float32
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, got 'int8'"):
+        reward_models.load("brightness", dtype="int8")

@@ -122,7 +122,7 @@ def trained(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize("name", ["shapes-clip", "shapes-preference", "shapes-aesthetic"])
 def test_what_is_trained_loads_and_is_described(trained, name):
-    reward = reward_models.load(name, folder=trained / name)
+    reward = reward_models.load(name, source=trained / name)
     x = torch.rand(3, 3, 64, 64, requires_grad=True)
     reward(x, PROMPTS).sum().backward()
     assert x.grad.flatten(1).norm(dim=1).min() > 0
@@ -141,10 +141,10 @@ def test_what_is_trained_loads_and_is_described(trained, name):
 def test_training_moves_every_weight_and_keeps_clip_for_the_head(trained, tokenizer):
     torch.manual_seed(1)
     fresh = rewards_clip.build_clip(rewards_clip.model_config(tokenizer)).state_dict()
-    reward = reward_models.load("shapes-clip", folder=trained / "shapes-clip")
+    reward = reward_models.load("shapes-clip", source=trained / "shapes-clip")
     unmoved = [n for n, t in reward.clip.state_dict().items() if torch.allclose(t, fresh[n].half().float(), atol=1e-7) and t.any()]
     assert unmoved == []
-    head = reward_models.load("shapes-aesthetic", folder=trained / "shapes-aesthetic")
+    head = reward_models.load("shapes-aesthetic", source=trained / "shapes-aesthetic")
     same = head.tower.state_dict()
     assert all(torch.equal(t, same[n]) for n, t in reward.clip.visual.state_dict().items())
 
@@ -155,12 +155,12 @@ def test_the_reward_is_what_training_scored(trained, tokenizer):
 
     levels = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = levels.permute(0, 3, 1, 2).float() / 255
-    clip = reward_models.load("shapes-clip", folder=trained / "shapes-clip")
+    clip = reward_models.load("shapes-clip", source=trained / "shapes-clip")
     theirs = rewards_clip.clip_scores(clip.clip, tokenizer, "cpu")(levels, PROMPTS)
     torch.testing.assert_close(clip(images, PROMPTS), 100 * theirs, atol=1e-3, rtol=1e-5)
     model = CLIPModel.from_pretrained(trained / "shapes-preference", dtype=torch.float32)
     theirs = rewards_preference.preference_scores(model, tokenizer, "cpu")(levels, PROMPTS)
-    reward = reward_models.load("shapes-preference", folder=trained / "shapes-preference")
+    reward = reward_models.load("shapes-preference", source=trained / "shapes-preference")
     torch.testing.assert_close(reward(images, PROMPTS), theirs, atol=1e-4, rtol=1e-5)
 
 
