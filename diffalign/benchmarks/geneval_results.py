@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.benchmarks.geneval_rules import Detection, Verdict
+from diffalign.benchmarks.report import read_rows
 
 KEYS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 
@@ -46,17 +47,12 @@ def result_row(filename: str, metadata: Mapping[str, Any], verdict: Verdict, kep
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results.jsonl, ours or upstream's. Raises ValueError naming the line that is no row."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            missing = [key for key in ("tag", "correct", "metadata") if key not in row]
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} line {number} is not a JSON object: {line[:80]!r}") from error
+    """The rows of a results.jsonl, ours or upstream's. Raises ValueError naming what is no row."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in ("tag", "correct", "metadata") if key not in row]
         if missing:
-            raise ValueError(f"{path} line {number} has no {', '.join(missing)}; it is not a row of GenEval's results.jsonl")
-        rows.append(row)
+            raise ValueError(f"{path} row {number} has no {', '.join(missing)}; it is not a row of GenEval's results.jsonl")
     return rows
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -76,14 +77,24 @@ def iou(a: Box, b: Box) -> float:
     width = max(min(a[2], b[2]) - max(a[0], b[0]) + 1, 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]) + 1, 0)
     intersection = width * height
-    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
+    areas = [max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0) for box in (a, b)]
     return intersection / (areas[0] + areas[1] - intersection) if intersection else 0.0
+
+
+@lru_cache
+def _float32_at(threshold: float) -> tuple[float, float]:
+    """The threshold as float32, and the next float32 above it."""
+    at = np.float32(threshold)
+    return float(at), float(np.nextafter(at, np.float32(np.inf)))
 
 
 def keep(detections: Sequence[Detection], threshold: float, limits: Limits) -> list[Detection]:
     """Detections of one class that count, most confident first: score cut (in float32, as upstream), cap, then greedy NMS."""
-    confident = [d for d in detections if np.float32(d.score) > np.float32(threshold)]
-    confident.sort(key=lambda d: -d.score)
+    at, above = _float32_at(threshold)
+    # Only a float64 between two neighbouring float32 has to be rounded to tell.
+    confident = [d for d in detections if d.score >= above or (d.score > at and np.float32(d.score) > at)]
+    if len(confident) > 1:
+        confident.sort(key=lambda d: -d.score)
     confident = confident[: limits.max_objects]
     if limits.max_overlap == 1.0:
         return confident

@@ -208,9 +208,10 @@ class Mask2FormerDetector:
         return found
 
     def _by_class(self, seen: Instances) -> dict[str, list[Detection]]:
+        """In the order of the classes, as upstream writes them."""
         out: dict[str, list[Detection]] = {}
         rows = zip(seen.labels.tolist(), seen.scores.tolist(), seen.boxes.tolist(), seen.masks.cpu().numpy(), strict=True)
-        for label, score, box, mask in rows:
+        for label, score, box, mask in sorted(rows, key=lambda row: row[0]):
             if np.float32(score) > np.float32(self.least_score):
                 out.setdefault(self.names[label], []).append(Detection(tuple(box), score, mask))
         return out

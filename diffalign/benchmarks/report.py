@@ -152,9 +152,14 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What `write_rows` wrote. Raises ValueError naming a line that is no JSON object."""
+    """What `write_rows` wrote, or another program. Raises ValueError naming a line that is no JSON object.
+
+    Lines end at newlines alone: text in them may hold other marks that Python's splitlines takes for ends, such as U+2028.
+    """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:

@@ -33,6 +33,7 @@ NEAR_PIXELS = 150.0
 LARGEST_OVERLAP_2D = 0.1
 FULL_OVERLAP_3D = 0.5
 LEAST_SCORE_2D = 0.5
+TORCH_GRAIN = 32768  # values that torch sums in one run
 COMPLEX_PREPOSITIONS = ("on top of", "on bottom of", "on the left", "on the right", "next to", "on side of", "near")
 
 DepthMap = Float[np.ndarray, "h w"]
@@ -170,10 +171,32 @@ def _mean_depth(depth: DepthMap, box: Box, axes: str) -> float:
     if axes not in ("published", "corrected"):
         raise ValueError(f"depth_axes must be 'published' or 'corrected'; got {axes!r}")
     x1, y1, x2, y2 = (int(v) for v in box)
-    if axes == "corrected":
-        region = depth[y1:y2, x1:x2]
-        return float(region.mean(dtype=np.float64)) if region.size else float("nan")
+    region = depth[y1:y2, x1:x2] if axes == "corrected" else depth[x1:x2, y1:y2]
+    if not region.size:
+        return float("nan")
+    return float(region.mean(dtype=np.float64)) if axes == "corrected" else published_mean(np.asarray(depth, np.float32)[x1:x2, y1:y2])
+
+
+def published_mean(region: Float[np.ndarray, "h w"]) -> float:
+    """torch's float32 mean of a part of a map, as with 8 threads or more, whatever the number of threads here.
+
+    Which of two equally deep boxes is "nearer" is decided by the rounding of that sum, so its order matters: torch cuts the values into
+    equal runs of at most 32768, adds each run row by row, then the runs.
+    """
     import torch  # the rules alone need no torch, so they load fast
 
-    # torch's float32 mean, as published: which of two equally deep boxes is "nearer" is decided by its rounding.
-    return float(torch.from_numpy(np.asarray(depth, dtype=np.float32))[x1:x2, y1:y2].mean())
+    values, count = torch.from_numpy(region), region.size
+    runs = -(-count // TORCH_GRAIN)
+    if runs == 1:
+        return float(values.mean())
+    if values.is_contiguous():
+        values = values.reshape(1, count)
+    width, length, rows = values.shape[1], -(-count // runs), values.sum(1).numpy()
+    total = np.float32(0)
+    for begin in range(0, count, length):
+        end, run = min(begin + length, count), np.float32(0)
+        for row in range(begin // width, -(-end // width)):
+            first, last = max(begin - row * width, 0), min(end - row * width, width)
+            run += rows[row] if (first, last) == (0, width) else values[row, first:last].sum().numpy()
+        total += run
+    return float(total / np.float32(count))

@@ -43,7 +43,7 @@ def test_nothing_to_summarise_is_an_error():
         score([])
 
 
-@pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not a JSON object"), ('{"tag": "x"}', "line 2 has no correct, metadata")])
+@pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not a JSON object"), ('{"tag": "x"}', "row 2 has no correct, metadata")])
 def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(row("counting", "a", True)) + "\n" + line + "\n")
@@ -54,3 +54,11 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
 def test_the_official_summary_of_recorded_rows():
     folder = recorded.path("geneval_summary_golden")
     assert summary(read_results(folder / "results.jsonl")) == (folder / "expected_summary.txt").read_text()
+
+
+def test_text_may_hold_line_separators_and_blank_lines_are_nothing(tmp_path):
+    """Other programs write Unicode as it is; U+2028 and U+0085 in a prompt end no line."""
+    rows = [row("counting", "two\u2028cats\u0085", True), row("counting", "\U0001f408", False)]
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n\n".join(json.dumps(each, ensure_ascii=False) for each in rows) + "\n\n", encoding="utf-8")
+    assert read_results(path) == rows

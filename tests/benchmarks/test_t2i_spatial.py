@@ -14,6 +14,7 @@ from diffalign.benchmarks.t2i_spatial import (
     find_relation,
     position_2d,
     position_3d,
+    published_mean,
     score_2d,
     score_3d,
     template_objects,
@@ -205,6 +206,29 @@ def test_boxes_go_to_the_frame_by_the_short_side():
     assert to_frame((0.0, 0.0, 512.0, 256.0), 1024, 512) == pytest.approx((0, 0, FRAME, FRAME / 2))
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_published_mean_is_that_of_torch_with_eight_threads_whatever_their_number_here():
+    """Flat and rough maps, regions of one run (at most 32768 values), of several, and whole rows, which lie in one piece."""
+    rng = np.random.default_rng(0)
+    maps = [np.full((FRAME, FRAME), 0.38, np.float32), rng.random((FRAME, FRAME), dtype=np.float32)]
+    corners = [(0, 0, 479, 479), (20, 0, 400, 479), (43, 138, 232, 316), (5, 7, 405, 300), (1, 1, 478, 70), (9, 9, 99, 99), (4, 0, 5, 479)]
+    regions = [depth[x1:x2, y1:y2] for depth in maps for x1, y1, x2, y2 in corners]
+    ours = [published_mean(region) for region in regions]
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    theirs = [float(torch.from_numpy(region).mean()) for region in regions]
+    torch.set_num_threads(before)
+    assert ours == theirs
+
+
 # --- what the original code answered ------------------------------------------------------------------------------------------
 
 
@@ -234,16 +258,7 @@ def test_agreement_in_2d():
         assert score == pytest.approx(case["answer"], abs=1e-7), case["prompt"]
 
 
-@pytest.fixture
-def two_threads():
-    """Boxes on equally deep ground are recorded too; there the answer is the rounding of torch's sum, which depends on the threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("threads")
 def test_agreement_in_3d():
     for case in recorded.load("t2i_3d_spatial_golden.json")["cases"]:
         depth = np.full((FRAME, FRAME), case["depth"]["base"], dtype=np.float32)
