@@ -46,7 +46,7 @@ PLANTED = [
     ("diffalign/methods/reno.py", "pipelines.presets"),  # a sibling
     ("reward_models/__init__.py", "diffalign.methods.search"),
     ("pipelines/__init__.py", "diffalign.hub"),
-    ("diffalign/rewards.py", "reward_models"),
+    ("diffalign/rewards/mix.py", "reward_models"),
     ("diffalign/benchmarks/report.py", "diffalign.methods.reno"),  # more than a protocol
     ("diffalign/shapes/scenes.py", "diffalign.benchmarks.report"),  # more than the rules
     ("pipelines/outputs.py", "diffalign.shapes.detector"),  # the judge

@@ -1,0 +1,177 @@
+"""Rules that make one ascent direction of several rewards' image gradients, sample by sample, and the way to give a reward such a gradient.
+
+g_k is the gradient of member k's score with respect to the image, d its entries; weights as in combine.py. "b k d": b samples, k members.
+
+    equal    sum_k w_k c g_k / rms(g_k),   c = sum_k p_k rms(g_k)       R0 / Reward-Instruct (2503.13070), figure 8: each reward's gradient
+             divided by its own norm. c restores the size that a sum would have, so that one member alone is changed in nothing.
+    PCGrad   h_i = w_i g_i; for every other j:  if <h_i, w_j g_j> < 0, h_i loses its part along g_j;  sum_i h_i      Yu et al. (2001.06782)
+    MGDA     sum_k a_k z_k,  a = argmin over the simplex of |sum_k a_k z_k|^2,  z_k = sign(w_k) g_k                      Desideri (2012)
+
+The direction of MGDA lowers no member to first order, and vanishes where no direction raises all of them. PCGrad takes the j in random
+order; ours is i + 1, i + 2, ... around the circle, since a search must be repeatable. MGDA's minimum is found exactly, by looking at every
+face of the simplex, instead of by Frank-Wolfe steps (Sener & Koltun, 1810.04650); that serves up to ten members. Both can look at equalised
+gradients, without which the member with the shortest gradient decides MGDA, and the one with the longest PCGrad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffalign.rewards.combine import from_settings, require_equal
+from diffalign.rewards.names import GRADIENT_RULES, parse
+
+Gradients = Float[Tensor, "b k d"]
+MOST_FACES = 10  # members for MGDA: 2^10 faces
+NEGLIGIBLE = 1e-12  # of the mean squared gradient: keeps the equations of degenerate faces solvable
+
+
+def rms(gradients: Gradients) -> Float[Tensor, "b k"]:
+    """The root mean square entry of every gradient."""
+    return gradients.square().mean(2).sqrt()
+
+
+def equalise(gradients: Gradients, weights: Float[Tensor, "b k"]) -> Gradients:
+    """Every gradient scaled to the RMS c, the weighted mean of the members' own. A gradient of zero stays zero."""
+    size = rms(gradients)
+    share = weights.abs() / weights.abs().sum(1, keepdim=True)
+    common = (share * size).sum(1, keepdim=True)
+    return gradients * torch.where(size > 0, common / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0).unsqueeze(2)
+
+
+def weighted(gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
+    """sum_k w_k g_k."""
+    return (weights.unsqueeze(2) * gradients).sum(1)
+
+
+def pcgrad(gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
+    """The sum of the weighted gradients, each without what runs against another one."""
+    own = weights.unsqueeze(2) * gradients
+    k = own.shape[1]
+    squares = own.square().sum(2)
+    total = torch.zeros_like(own[:, 0])
+    for i in range(k):
+        h = own[:, i]
+        for step in range(1, k):
+            j = (i + step) % k
+            against = (h * own[:, j]).sum(1).clamp_max(0) / squares[:, j].clamp_min(torch.finfo(own.dtype).tiny)
+            h = h - against.unsqueeze(1) * own[:, j]
+        total = total + h
+    return total
+
+
+def mgda_weights(gram: Float[Tensor, "b k k"], taking_part: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """a on the simplex, zero where taking_part is zero, that minimises a' G a, for the Gram matrix of each sample's gradients.
+
+    On the face where only the members S are positive, the least a solves G_S a = m 1, sum a = 1. Of all faces whose solution lies inside
+    the simplex, the best is the answer; corners always do. A member that takes no part makes its faces worthless.
+    """
+    b, k, _ = gram.shape
+    if k > MOST_FACES:
+        raise ValueError(f"MGDA takes at most {MOST_FACES} members, got {k}; use PCGrad or equal gradients")
+    gram = gram.double()
+    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+    gram = gram / size.view(b, 1, 1)
+    best = torch.full((b,), torch.inf, dtype=torch.float64, device=gram.device)
+    answer = torch.zeros(b, k, dtype=torch.float64, device=gram.device)
+    one = torch.ones(1, dtype=torch.float64, device=gram.device)
+    for face in range(1, 2**k):
+        members = [i for i in range(k) if face >> i & 1]
+        n = len(members)
+        system = torch.zeros(b, n + 1, n + 1, dtype=torch.float64, device=gram.device)
+        system[:, :n, :n] = gram[:, members][:, :, members] + NEGLIGIBLE * torch.eye(n, dtype=torch.float64, device=gram.device)
+        system[:, n, :n] = system[:, :n, n] = 1
+        right = torch.cat([torch.zeros(n, dtype=torch.float64, device=gram.device), one]).expand(b, n + 1).unsqueeze(2)
+        solution, _ = torch.linalg.solve_ex(system, right)
+        a = torch.zeros_like(answer)
+        a[:, members] = solution[:, :n, 0]
+        value = torch.einsum("bi,bij,bj->b", a, gram, a)
+        inside = (a >= 0).all(1) & a.isfinite().all(1) & (taking_part[:, members] != 0).all(1)
+        better = inside & (value < best)
+        best = torch.where(better, value, best)
+        answer = torch.where(better.unsqueeze(1), a, answer)
+    return (answer / answer.sum(1, keepdim=True)).float()
+
+
+def mgda(gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
+    """The shortest vector in the convex hull of the oriented gradients."""
+    own = gradients * weights.sign().unsqueeze(2)
+    a = mgda_weights(torch.einsum("bid,bjd->bij", own.double(), own.double()), weights)
+    return weighted(own, a.to(own.dtype))
+
+
+def with_gradient(values: Float[Tensor, " b"], images: Float[Tensor, "b ..."], directions: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """The same values, to the bit, whose gradient with respect to sample i's image is directions[i] and nothing else."""
+    moved = (images - images.detach()) * directions.detach()  # zero
+    return values.detach() + moved.flatten(1).sum(1).to(values.dtype)
+
+
+# ---- the rules as values ---------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class GradientRule(Protocol):
+    """A rule with its settings, from gradients "b k d" and weights "b k" to directions "b d"."""
+
+    name: ClassVar[str]
+
+    def __call__(self, gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]: ...
+
+
+@dataclass(frozen=True)
+class EqualRMS:
+    """The weighted sum of gradients of equal size."""
+
+    name: ClassVar[str] = "equal"
+
+    def __call__(self, gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
+        return weighted(equalise(gradients, weights), weights)
+
+
+@dataclass(frozen=True)
+class PCGrad:
+    """equal: compare gradients of equal size (not in the paper). With it, a weight is a reward's share of the step."""
+
+    equal: bool = True
+    name: ClassVar[str] = "pcgrad"
+
+    def __call__(self, gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
+        return pcgrad(equalise(gradients, weights) if self.equal else gradients, weights)
+
+
+@dataclass(frozen=True)
+class MGDA:
+    """equal: compare gradients of equal size (not in the paper). Weights give the sign only, so they must be equally large."""
+
+    equal: bool = True
+    name: ClassVar[str] = "mgda"
+
+    def __call__(self, gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
+        return mgda(equalise(gradients, weights) if self.equal else gradients, weights)
+
+
+_CLASSES = {cls.name: cls for cls in (EqualRMS, PCGrad, MGDA)}
+
+
+def find_gradient_rule(rule: str | Mapping[str, Any] | GradientRule | None) -> GradientRule | None:
+    """The rule that is meant, by its name, its JSON form or itself; None for none. Raises ValueError and TypeError as `find_rule`."""
+    if isinstance(rule, str):
+        return _CLASSES[parse(rule, GRADIENT_RULES, "gradient rule")[0]]()
+    if isinstance(rule, Mapping):
+        return from_settings(rule, _CLASSES, "gradient rule")
+    if rule is None or (isinstance(rule, GradientRule) and not isinstance(rule, type)):
+        return rule
+    raise TypeError(f"gradient must be a name such as 'equal' or a rule such as PCGrad(), got {rule!r}")
+
+
+def check_gradient_rule(rule: GradientRule, weights: Mapping[str, float]) -> None:
+    """Raises ValueError where these members' weights make no sense under the rule."""
+    if isinstance(rule, MGDA):
+        require_equal("mgda", weights)
+        if len(weights) > MOST_FACES:
+            raise ValueError(f"MGDA takes at most {MOST_FACES} members, got {len(weights)}; use PCGrad or equal gradients")
