@@ -1,0 +1,117 @@
+"""Image files as people have them, to what a reward wants: "3 h w" floats in [0, 1], RGB, upright.
+
+Levels are divided by the largest of their depth: 255, or 65535 where Pillow keeps 16 bits (grey alone; of 16-bit colour it gives the high
+byte). Transparent pixels are laid on white, as a page shows them: dropping alpha would show colours that nobody sees. Of an animation the
+first frame counts. EXIF says which way is up. ICC profiles are not applied: the rewards' own code does not either.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+ON_WHITE = "transparent parts laid on white"
+FIRST_FRAME = "animated or of several pages; the first counts"
+NO_EXIF = "damaged EXIF data, left aside"
+
+_told: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """pixels: in [0, 1]. notes: what was decided on the way, from the constants above."""
+
+    pixels: Float[np.ndarray, "h w 3"]
+    notes: tuple[str, ...] = ()
+
+    def tensor(self) -> Float[Tensor, "3 h w"]:
+        import torch
+
+        return torch.from_numpy(self.pixels).permute(2, 0, 1).contiguous()
+
+
+def read_image(path: str | Path) -> Float[Tensor, "3 h w"]:
+    """An image file as floats in [0, 1]. What had to be decided is logged, each kind once.
+
+    Raises ValueError naming the file where it is empty, cut short, no image or too large, OSError where it cannot be read at all.
+    """
+    try:
+        picture = decode(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for note in picture.notes:
+        if note not in _told:
+            _told.add(note)
+            logger.warning("%s: %s (said once)", path, note)
+    return picture.tensor()
+
+
+def decode(data: bytes) -> Picture:
+    """The bytes of an image file. Raises ValueError with the reason, which does not know the file's name."""
+    if not data:
+        raise ValueError("not a whole image (the file is empty)")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _require_reasonable(image)
+            return _picture(image)
+    except UnidentifiedImageError as error:
+        raise ValueError("not a whole image (of no known format)") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too large an image ({error})") from error
+    except _Refused as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # decoders raise whatever comes: OSError, SyntaxError, struct.error, EOFError, ...
+        raise ValueError(f"not a whole image ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+class _Refused(Exception):
+    """A whole image that we do not take, with the sentence to say."""
+
+
+def _require_reasonable(image: Image.Image) -> None:
+    """Pillow warns from here on and refuses from twice as much; a small file that unpacks to gigabytes should stop nothing."""
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise _Refused(f"too large an image ({image.width} x {image.height} pixels; at most {most} are read)")
+
+
+def _picture(image: Image.Image) -> Picture:
+    notes = [FIRST_FRAME] if getattr(image, "is_animated", False) else []
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # older Pillow opened 16-bit PNG as "I"
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # viewers show such a file as it lies, and so do we
+        notes.append(NO_EXIF)
+    if sixteen:
+        grey = np.asarray(image).astype(np.float32) / 65535
+        pixels = np.repeat(grey[..., None], 3, axis=2)
+    elif image.mode in ("I", "F"):
+        raise _Refused(f"an image with 32-bit pixels (mode {image.mode}), whose range nothing tells; save it with 8 or 16 bits")
+    elif image.has_transparency_data:
+        levels = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+        pixels, alpha = levels[..., :3], levels[..., 3:]
+        if alpha.min() < 1:
+            notes.append(ON_WHITE)
+            pixels = pixels * alpha + (1 - alpha)
+    else:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return Picture(np.ascontiguousarray(pixels, dtype=np.float32), tuple(notes))
+
+
+def is_image_name(name: str) -> bool:
+    """Whether the name says that the file is an image. What is inside decides the format."""
+    return name.lower().endswith(SUFFIXES)
