@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,10 +58,10 @@ class RewardModel(nn.Module):
         raise NotImplementedError
 
     def cast(self, dtype: torch.dtype) -> RewardModel:
-        """Put the backbone into a dtype; children named in `full_precision` stay float32."""
+        """Put the backbone into a dtype and the children named in `full_precision` into float32, whatever their files hold."""
         for name, child in self.named_children():
-            if name not in self.full_precision:
-                child.to(dtype)
+            with _constants_kept(child):
+                child.to(torch.float32 if name in self.full_precision else dtype)
         self._forget()
         return self
 
@@ -116,7 +117,18 @@ class RewardModel(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> RewardModel:
         self._forget()  # texts encoded on another device or in another dtype
-        return super()._apply(*args, **kwargs)
+        with _constants_kept(self):
+            return super()._apply(*args, **kwargs)
+
+
+@contextmanager
+def _constants_kept(module: nn.Module) -> Iterator[None]:
+    """Buffers that no checkpoint holds keep their dtype: rotary frequencies in bfloat16 would misplace every token after the first few."""
+    before = [(part, name, part._buffers[name]) for part in module.modules() for name in part._non_persistent_buffers_set]
+    yield
+    for part, name, constant in before:
+        if constant is not None and part._buffers[name].dtype != constant.dtype:
+            part._buffers[name] = constant.to(part._buffers[name].device)
 
 
 def check_prompts(name: str, prompts: Sequence[str]) -> None:

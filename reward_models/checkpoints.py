@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,21 +17,46 @@ from torch import Tensor, nn
 from reward_models.sources import Source
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def read_weights(path: Path, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
+
+def weights_file(source: Source, *names: str) -> Path:
+    """The first of these files that is there, and where it is an index of several, all that it lists."""
+    path = source.file(*names)
+    if path.suffix == ".json":
+        for shard in sorted(set(read_json(path, ("weight_map",))["weight_map"].values())):
+            source.file(str(shard))
+    return path
+
+
+def without_weights(build: Callable[[], Module]) -> Module:
+    """A module as `build` makes it, its parameters without memory until weights are loaded; buffers are real.
+
+    Drawing billions of random numbers takes minutes, and holding them beside the weights twice the memory.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return build()
+
+
+def read_weights(path: Path, dtype: torch.dtype | None = torch.float32, skip: Sequence[str] = ()) -> dict[str, Tensor]:
     """All tensors of a checkpoint, its floats in `dtype` (None: as stored): .safetensors, a .json index of several, or torch's own.
 
+    skip: prefixes of tensors that are left on the disk.
     torch's own (.pt, .pth, .bin) may hold a state dict or {"state_dict": ...}; it is read with weights_only=True.
     Raises ValueError for a damaged file, for anything but tensors and for values that are not finite.
     """
     if path.suffix == ".json":
-        tensors = _read_shards(path, dtype)
+        tensors = _read_shards(path, dtype, skip)
     else:
         tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(skip))}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: tensor {name!r} has values that are not finite; the checkpoint is unusable")
@@ -48,7 +74,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # torch's older format cannot be read page by page
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a zip, pickle, end-of-file or runtime error, depending on where it is cut
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} is truncated or no checkpoint of tensors alone ({reason}); make or copy it again") from error
@@ -58,14 +85,14 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _read_shards(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_shards(path: Path, dtype: torch.dtype | None, skip: Sequence[str]) -> dict[str, Tensor]:
     index = read_json(path, ("weight_map",))["weight_map"]
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(index.values())):
         shard = path.parent / str(name)
         if not shard.is_file():
             raise FileNotFoundError(f"{shard}, which {path.name} lists, is missing; copy the whole folder")
-        tensors |= read_weights(shard, dtype)
+        tensors |= read_weights(shard, dtype, skip)
     return tensors
 
 
@@ -130,9 +157,31 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str], reward: str) -> Tenso
         return_tensors="pt",
     )
     for prompt, offsets in zip(prompts, batch["offset_mapping"].tolist(), strict=True):
-        read = max(end for _, end in offsets)
-        rest = prompt[read:].strip()
-        if rest:
-            shown = rest if len(rest) <= 80 else rest[:77] + "..."
-            logger.warning("reward %r reads %d tokens; it ignores the last %d characters: %r", reward, length, len(rest), shown)
+        report_cut(reward, length, prompt[max(end for _, end in offsets) :])
     return batch["input_ids"]
+
+
+def report_cut(reward: str, length: int, rest: str) -> None:
+    """Warn of the end of a prompt that a reward does not read, if there is one."""
+    rest = rest.strip()
+    if rest:
+        shown = rest if len(rest) <= 80 else rest[:77] + "..."
+        logger.warning("reward %r reads %d tokens; it ignores the last %d characters: %r", reward, length, len(rest), shown)
+
+
+def read_plain_tokenizer(source: Source) -> Tokenizer:
+    """The source's tokenizer.json as it is. Special tokens written out in a text are read as ordinary text.
+
+    Raises FileNotFoundError, or ValueError where it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    path = source.file("tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"the tokenizer in {path} cannot be read ({error})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer

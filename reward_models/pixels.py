@@ -1,6 +1,6 @@
 """Differentiable preprocessing: what an image processor does to a PIL image, done to a float tensor, with gradients.
 
-Resizing is bicubic with antialiasing, as PIL's; the three geometries are those of open_clip and transformers.
+Resizing is bicubic with antialiasing, as PIL's; the geometries are those of open_clip, transformers and LLaVA.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from diffalign.types import Images
 
-GEOMETRIES = ("shortest+crop", "longest+pad", "squash")
+GEOMETRIES = ("shortest+crop", "longest+pad", "squash", "square+mean")
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Preprocess:
     """From images "b 3 h w" in [0, 1] to normalised "b 3 size size", in float32 or better.
 
     geometry: "shortest+crop" scales the shorter side to `size` and crops the centre; "longest+pad" scales the longer side and pads with
-    black, before normalisation; "squash" scales both sides. round_crop: an odd crop margin is rounded half to even (torchvision, open_clip)
-    rather than down (transformers).
+    black, before normalisation; "squash" scales both sides; "square+mean" first pads to a square with `mean` in whole 8-bit levels, half
+    of it (rounded down) before and half after. round_crop: an odd crop margin is rounded half to even (torchvision, open_clip) rather than
+    down (transformers).
     """
 
     size: int
@@ -46,7 +47,9 @@ class Preprocess:
         """The geometry alone: "b 3 size size" in [0, 1]."""
         height, width = images.shape[-2:]
         n = self.size
-        if self.geometry == "squash":
+        if self.geometry == "square+mean":
+            images = self._square(images)
+        if self.geometry in ("squash", "square+mean"):
             return resize(images, n, n)
         if self.geometry == "shortest+crop":
             short, long = min(height, width), max(height, width)
@@ -58,6 +61,15 @@ class Preprocess:
         images = resize(images, max(round(height * scale), 1), max(round(width * scale), 1))
         below, right = (n - side for side in images.shape[-2:])
         return F.pad(images, (right // 2, right - right // 2, below // 2, below - below // 2))
+
+    def _square(self, images: Images) -> Images:
+        height, width = images.shape[-2:]
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        ground = images.new_tensor([int(255 * value) / 255 for value in self.mean])
+        canvas = ground.view(3, 1, 1).expand(len(images), 3, side, side).clone()
+        canvas[..., top : top + height, left : left + width] = images
+        return canvas
 
     def _margin(self, side: int) -> int:
         return round((side - self.size) / 2) if self.round_crop else (side - self.size) // 2
