@@ -35,7 +35,7 @@ Unit = Literal["z", "within", "quantile"]
 Transform = Literal["none", "logit"]
 LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 FEW = 100  # samples, below which a standard deviation is too rough to compare rewards by
-LOGIT_EDGE = 1e-6  # probabilities are held this far from 0 and 1
+LOGIT_EDGE = 1e-5  # probabilities are held this far from 0 and 1, where float32 still tells their log-odds
 
 
 @dataclass(frozen=True)
