@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from diffalign.types import Images
 
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, and of most that follow it
 GEOMETRIES = ("shortest+crop", "longest+pad", "squash", "square+mean")
 
 

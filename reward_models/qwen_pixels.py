@@ -18,7 +18,6 @@ from diffalign.types import Images
 from reward_models.checkpoints import read_json
 from reward_models.pixels import resize
 
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MOST_ASPECT = 200  # the original refuses thinner images
 
 
