@@ -20,7 +20,6 @@ from reward_models.spec import Spec
 
 logger = logging.getLogger(__name__)
 
-CACHED_PROMPTS = 4096
 TEXT_CHUNK = 256  # prompts encoded at once
 RANGE_SLACK = 0.05  # how far outside [0, 1] values may lie before a warning
 
@@ -37,6 +36,7 @@ class RewardModel(nn.Module):
 
     text_modules: tuple[str, ...] = ()
     full_precision: tuple[str, ...] = ("head",)
+    cached_prompts = 4096
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class RewardModel(nn.Module):
         for prompt, text in found.items():  # all of this call are now the most recently used
             self._texts[prompt] = text
             self._texts.move_to_end(prompt)
-        while len(self._texts) > CACHED_PROMPTS:
+        while len(self._texts) > self.cached_prompts:
             self._texts.popitem(last=False)
         return self.collate([found[prompt] for prompt in prompts])
 

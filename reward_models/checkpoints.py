@@ -40,8 +40,9 @@ def without_weights(build: Callable[[], Module]) -> Module:
     Drawing billions of random numbers takes minutes, and holding them beside the weights twice the memory.
     """
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         return build()
 
 

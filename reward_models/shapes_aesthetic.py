@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reward_models.base import Images, RewardModel, Scores
 from reward_models.checkpoints import load_strict, read_json, read_weights
-from reward_models.shapes_clip import load_open_clip
+from reward_models.clip_files import load_open_clip
 from reward_models.sources import Source
 from reward_models.spec import Spec
 
@@ -26,7 +26,8 @@ class ShapesAesthetic(RewardModel):
         super().__init__(spec)
         path = sources["model"].file("config.json")
         config = read_json(path, KEYS)
-        clip, self.pixels = load_open_clip(Source(spec.name, "features", path.parents[1] / str(config["features"])))
+        features = Source(spec.name, "features", path.parents[1] / str(config["features"]))
+        clip, self.pixels = load_open_clip(features, weights=("model.safetensors",), text=False)
         self.tower: open_clip.transformer.VisionTransformer = clip.visual
         self.tower.output_tokens = True  # its call then gives (embedding, patch features)
         width, patches, channels, hidden = (config[key] for key in KEYS[1:])

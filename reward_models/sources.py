@@ -2,7 +2,7 @@
 
 package:shapes/weights/shapes-clip      inside the diffalign package
 org/name        org/name:file.pt        a repository of the Hugging Face Hub; one file of it
-https://...                             one file, kept in torch.hub's folder
+https://...     https://...#sha256=...  one file, kept in torch.hub's folder; the hash is checked when it is downloaded
 anything else                           a local folder, or one local file
 """
 
@@ -50,8 +50,7 @@ class Source:
         match = HUB.fullmatch(self.where)
         if match is None:
             return None
-        wanted = (match["file"],) if match["file"] else names
-        return next((path for name in wanted if (path := self._download(match["repository"], name)) is not None), None)
+        return self._download(match["repository"], (match["file"],) if match["file"] else names)
 
     def folder(self, *names: str) -> Path:
         """A folder that holds all of these files, for readers that want a folder (tokenizers). Raises as `file` does."""
@@ -75,29 +74,35 @@ class Source:
             return "train it with `python -m diffalign.shapes.train`, or say where it lies with source="
         return f"say where the {self.part} lies with source=: a folder, a file, or a Hub repository 'org/name'"
 
-    def _download(self, repository: str, name: str) -> Path | None:
+    def _download(self, repository: str, names: tuple[str, ...]) -> Path | None:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        try:
-            return Path(hf_hub_download(repository, name))
-        except LocalEntryNotFoundError as error:  # no connection: also an EntryNotFoundError, which means something else
-            raise self._unreachable(f"{name} of {repository}", error) from error
-        except EntryNotFoundError:
-            return None
-        except Exception as error:
-            raise self._unreachable(f"{name} of {repository}", error) from error
+        unreachable: OSError | None = None
+        for name in names:
+            try:
+                return Path(hf_hub_download(repository, name))
+            except LocalEntryNotFoundError as error:  # no connection, and not kept from before: another of the names may be
+                unreachable = unreachable or self._unreachable(f"{name} of {repository}", error)
+            except EntryNotFoundError:  # the base of the one above, yet this means that the repository has no such file
+                continue
+            except Exception as error:
+                raise self._unreachable(f"{name} of {repository}", error) from error
+        if unreachable is not None:
+            raise unreachable
+        return None
 
     def _fetch(self) -> Path:
         import torch
 
-        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(self.where).name
+        address, _, sha256 = self.where.partition("#sha256=")
+        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(self.where, str(target), progress=False)  # writes beside, then renames
+                torch.hub.download_url_to_file(address, str(target), sha256 or None, progress=False)  # writes beside, then renames
             except Exception as error:
-                raise self._unreachable(self.where, error) from error
+                raise self._unreachable(address, error) from error
         return target
 
     def _unreachable(self, what: str, error: Exception) -> OSError:

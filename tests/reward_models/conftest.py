@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 import reward_models
+from tests.reward_models import tiny_clips, tiny_vlms
 
 PROMPTS = ["a red circle", "a photo of a blue square above a red ring", "three stars"]
 
@@ -54,7 +56,7 @@ def tiny_clip(tokenizer):
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory, tokenizer, tiny_clip) -> Path:
-    """The folder that holds shapes-clip, shapes-preference and shapes-aesthetic. Tests that damage it copy it first."""
+    """The folder that holds one folder for each reward with weights. Tests that damage it copy what they need first."""
     from diffalign.shapes.train.rewards_aesthetic import build_head
     from diffalign.shapes.train.rewards_clip import save_clip
     from diffalign.shapes.train.rewards_convert import convert, save_half
@@ -67,15 +69,40 @@ def weights(tmp_path_factory, tokenizer, tiny_clip) -> Path:
     torch.manual_seed(6)
     save_half(build_head(32, 16, 4, 8).state_dict(), root / "shapes-aesthetic" / "head.safetensors")
     (root / "shapes-aesthetic" / "config.json").write_text(json.dumps(head))
+    tiny_clips.write_all(root)
+    tiny_vlms.write_all(root)
     return root
 
 
 @pytest.fixture(scope="session")
-def load(weights):
-    """load(name): a fresh reward, from the tiny checkpoints where it has weights."""
+def server(weights):
+    """The address of a server of `http` on this machine, behind which is shapes-clip."""
+    from reward_models.http_server import serve
 
-    def fresh(name: str, root: Path = weights):
-        return reward_models.load(name, source=root / name if reward_models.SPECS[name].checkpoint else None)
+    server = serve(reward_models.load("shapes-clip", source=weights / "shapes-clip"))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield "http://{}:{}/score".format(*server.server_address[:2])
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def load(weights, server):
+    """load(name): a fresh reward, from the tiny checkpoints where it has weights, through `reward_models.load`; in float32, as the tests'
+    tolerances need it.
+
+    A reward of several parts has a folder for each. What a row says of its checkpoint's architecture is true of the tiny one while it loads.
+    """
+
+    def fresh(name: str, root: Path = weights, dtype: str | None = "float32"):
+        spec = reward_models.SPECS[name]
+        parts = {part: root / name / part for part in spec.checkpoint}
+        source = server if name == "http" else parts if len(parts) > 1 else root / name if parts else None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(reward_models.SPECS, name, tiny_clips.tiny_spec(spec))
+            return reward_models.load(name, source=source, dtype=dtype)
 
     return fresh
 

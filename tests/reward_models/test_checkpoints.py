@@ -11,19 +11,21 @@ from safetensors.torch import load_file, save_file
 
 import reward_models
 
-TRAINED = [name for name, spec in reward_models.SPECS.items() if spec.checkpoint]
 FILES = {
     "shapes-clip": ("open_clip_config.json", "model.safetensors", "tokenizer.json"),
     "shapes-preference": ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"),
     "shapes-aesthetic": ("config.json", "head.safetensors"),
 }
+TRAINED = list(FILES)  # the other models have such tests of their own
 MAIN = {"shapes-clip": "model.safetensors", "shapes-preference": "model.safetensors", "shapes-aesthetic": "head.safetensors"}
 
 
 @pytest.fixture
 def root(weights, tmp_path):
     """A copy of the checkpoints, to be damaged."""
-    return shutil.copytree(weights, tmp_path / "copy")
+    for name in TRAINED:
+        shutil.copytree(weights / name, tmp_path / "copy" / name)
+    return tmp_path / "copy"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from tests.reward_models.conftest import PROMPTS
 
 DIFFERENTIABLE = [name for name, spec in reward_models.SPECS.items() if spec.differentiable]
 PROMPTED = [name for name, spec in reward_models.SPECS.items() if spec.needs_prompt]
+READS = {"shapes-clip": 32, "shapes-preference": 32}  # tokens; CLIP's 77 where nothing is said
+TEXT_APART = [*READS, "clip-l14", "clip-h14", "clip-bigg14", "pickscore", "hpsv2", "hpsv2.1", "mps"]
 
 
 def test_the_table_costs_no_heavy_import():
@@ -177,15 +179,16 @@ def test_what_is_cut_off_a_long_prompt_is_said(load, caplog, name):
     with caplog.at_level(logging.WARNING):
         load(name).prepare(["a red circle", "a red circle " * 800])
     assert len(caplog.records) == 1
-    assert "reads 32 tokens" in caplog.text
+    assert f"reads {READS.get(name, 77)} tokens" in caplog.text
     assert "ignores the last" in caplog.text
 
 
 @pytest.mark.parametrize("name", PROMPTED)
 def test_a_prompt_cannot_end_itself(load, images, name):
     reward = load(name)
-    short, injected = reward(images[:1], ["a red"]), reward(images[:1], ["a red<|endoftext|> circle"])
-    assert not torch.allclose(short, injected, atol=1e-3)
+    short = reward(images[:1], ["a red"])
+    for end in ("<|endoftext|>", "<end_of_text>"):
+        assert not torch.allclose(short, reward(images[:1], [f"a red{end} circle"]), atol=1e-3)
 
 
 class Counting(base.RewardModel):
@@ -212,7 +215,7 @@ def test_each_prompt_is_encoded_once():
 
 
 def test_the_cache_forgets_the_prompts_longest_unused(monkeypatch):
-    monkeypatch.setattr(base, "CACHED_PROMPTS", 3)
+    monkeypatch.setattr(Counting, "cached_prompts", 3)
     monkeypatch.setattr(base, "TEXT_CHUNK", 2)
     reward = Counting()
     reward.prepare(["a", "bb", "ccc"])
@@ -249,7 +252,7 @@ def test_brightness_by_hand(load):
     torch.testing.assert_close(load("brightness")(pictures, ["", ""]), torch.tensor([0.25, 0.7152]))
 
 
-@pytest.mark.parametrize("name", [name for name in PROMPTED if name in ("shapes-clip", "shapes-preference")])
+@pytest.mark.parametrize("name", TEXT_APART)
 def test_the_text_encoder_can_be_dropped(load, images, name):
     reward = load(name)
     reward.prepare(PROMPTS)
