@@ -73,11 +73,10 @@ class HTTPScorer(RewardModel):
         """Nothing is computed here: prompts travel with the images."""
         check_prompts(self.name, prompts)
 
-    @torch.no_grad()
     def forward(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Scores, float32. Raises TypeError and ValueError as every reward, RuntimeError for items without a score unless missing="nan"."""
         check_call(self, images, prompts)
-        levels = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        levels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         items = [{"prompt": prompt, "image": encode(Image.fromarray(picture))} for picture, prompt in zip(levels, prompts, strict=True)]
         chunks = [items[start : start + self.batch] for start in range(0, len(items), self.batch)]
         with ThreadPoolExecutor(self.concurrency) as pool:

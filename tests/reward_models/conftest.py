@@ -93,7 +93,7 @@ def load(weights, server):
     """load(name): a fresh reward, from the tiny checkpoints where it has weights, through `reward_models.load`; in float32, as the tests'
     tolerances need it.
 
-    A reward of several parts has a folder for each. What a row says of its checkpoint's architecture is true of the tiny one while it loads.
+    A reward of several parts has a folder for each. What a row says of its checkpoint's architecture holds for the tiny one while it loads.
     """
 
     def fresh(name: str, root: Path = weights, dtype: str | None = "float32"):

@@ -17,8 +17,11 @@ from tests.reward_models.conftest import PROMPTS
 
 DIFFERENTIABLE = [name for name, spec in reward_models.SPECS.items() if spec.differentiable]
 PROMPTED = [name for name, spec in reward_models.SPECS.items() if spec.needs_prompt]
-READS = {"shapes-clip": 32, "shapes-preference": 32}  # tokens; CLIP's 77 where nothing is said
-TEXT_APART = [*READS, "clip-l14", "clip-h14", "clip-bigg14", "pickscore", "hpsv2", "hpsv2.1", "mps"]
+LANGUAGE_MODELS = ["hpsv3", "vqascore", "vlm-judge"]
+READS = {"shapes-clip": 32, "shapes-preference": 32, "image-reward": 35} | dict.fromkeys(
+    LANGUAGE_MODELS, 2048
+)  # tokens; CLIP's 77 otherwise
+TEXT_APART = ["shapes-clip", "shapes-preference", "clip-l14", "clip-h14", "clip-bigg14", "pickscore", "hpsv2", "hpsv2.1", "mps"]
 
 
 def test_the_table_costs_no_heavy_import():
@@ -74,9 +77,9 @@ def test_the_gradient_is_the_finite_difference(load, name, size):
     x.requires_grad_(True)
     (gradient,) = torch.autograd.grad(reward(x, PROMPTS[:2]).sum(), x)
     norms = gradient.flatten(1).norm(dim=1)
-    step = 0.05 * gradient / norms.view(-1, 1, 1, 1)  # along its own gradient each score changes by the gradient's norm
+    step = 0.01 * gradient / norms.view(-1, 1, 1, 1)  # along its own gradient each score changes by the gradient's norm
     with torch.no_grad():
-        slope = (reward(x + step, PROMPTS[:2]) - reward(x - step, PROMPTS[:2])) / 0.1
+        slope = (reward(x + step, PROMPTS[:2]) - reward(x - step, PROMPTS[:2])) / 0.02
     assert (norms > 0).all()
     torch.testing.assert_close(slope, norms, rtol=0.02, atol=1e-5)
 
@@ -144,7 +147,7 @@ def test_prepared_prompts_give_the_scores_of_unprepared_ones(load, images, name)
     assert torch.equal(fresh(images, PROMPTS), fresh(images, PROMPTS))
 
 
-@pytest.mark.parametrize("name", PROMPTED)
+@pytest.mark.parametrize("name", [name for name in PROMPTED if name in DIFFERENTIABLE])
 def test_prompts_prepared_in_inference_mode_can_be_used_with_gradients(load, images, name):
     reward = load(name)
     with torch.inference_mode():
@@ -174,7 +177,7 @@ def test_a_reward_moved_to_half_precision_still_answers(load, images, name):
     torch.testing.assert_close(rough, exact, atol=0.05 * float(exact.abs().max()) + 0.05, rtol=0)
 
 
-@pytest.mark.parametrize("name", PROMPTED)
+@pytest.mark.parametrize("name", [name for name in PROMPTED if name != "http"])  # that is for its server to say
 def test_what_is_cut_off_a_long_prompt_is_said(load, caplog, name):
     with caplog.at_level(logging.WARNING):
         load(name).prepare(["a red circle", "a red circle " * 800])

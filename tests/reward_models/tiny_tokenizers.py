@@ -40,17 +40,13 @@ def bert_tokenizer() -> Tokenizer:
 
 def t5_tokenizer() -> Tokenizer:
     """A unigram model over words that begin with a mark, "</s>" at the end, as flan-t5 has it."""
-    tokenizer = Tokenizer(models.Unigram())
+    words = dict.fromkeys([*WORDS.split(), "Yes", "Does", "Please", "USER:", "ASSISTANT:"])
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -3.0) for word in words)]
+    pieces += [(character, -8.0) for character in "\u2581" + string.ascii_letters + string.digits + string.punctuation]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    trainer = trainers.UnigramTrainer(
-        vocab_size=160,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        initial_alphabet=list(string.printable),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([WORDS, "Yes No USER: ASSISTANT: Does this figure show"] * 20, trainer)
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer
 

@@ -126,7 +126,7 @@ def write_hpsv3(folder: Path) -> None:
     rows = tokenizer.get_vocab_size() + 1
     model = shake(lambda: Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(config | {"vocab_size": rows})), 12)
     tensors = {name: tensor.bfloat16() for name, tensor in old_names(model.state_dict()).items()}
-    head = shake(hpsv3_head, 13, 0.3)
+    head = shake(hpsv3_head, 13, 0.5)
     tensors |= {f"rm_head.{name}": tensor for name, tensor in head.state_dict().items()}
     (folder / "model").mkdir()
     save_file(tensors, folder / "model" / "HPSv3.safetensors", metadata={"format": "pt"})
@@ -171,6 +171,9 @@ def t5_config(rows: int) -> dict:
     }
 
 
+LIKELY = 2610  # of many, a seed of the output layer under which "Yes" is neither certain nor as likely as any other token
+
+
 def tiny_clip_t5(rows: int) -> tuple[nn.Module, nn.Module, nn.Module]:
     """T5 (its output layer not tied to its embedding), CLIP tower and projector."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
@@ -193,7 +196,9 @@ def tiny_clip_t5(rows: int) -> tuple[nn.Module, nn.Module, nn.Module]:
         hidden_act="quick_gelu",
     )
     projector = shake(lambda: nn.Sequential(nn.Linear(128, 40), nn.GELU(), nn.Linear(40, 32)), 16)
-    return shake(untied, 14), shake(lambda: CLIPVisionModel(tower), 15), projector
+    t5 = shake(untied, 14)
+    t5.lm_head.weight.data = shake(lambda: nn.Linear(32, rows, bias=False), LIKELY, 0.8).weight.data
+    return t5, shake(lambda: CLIPVisionModel(tower), 15), projector
 
 
 def write_vqascore(folder: Path) -> None:
@@ -236,7 +241,7 @@ def write_judge(folder: Path, family: str = "qwen3_vl") -> None:
 def judge_model(folder: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    return shake(lambda: AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)), 17)
+    return shake(lambda: AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)), 17, 0.2)
 
 
 def judge_config(tokenizer: Tokenizer, family: str) -> dict:
