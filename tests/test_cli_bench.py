@@ -66,7 +66,7 @@ def test_files_and_summary(finished):
         rows = [json.loads(line) for line in (finished / method / "results.jsonl").read_text().splitlines()]
         assert [row["tag"] for row in rows] == list(TASKS)
         assert len(images(finished, method)) == 6
-        assert {path.name for path in (finished / method).iterdir() if path.is_file()} == {"settings.json", "results.jsonl"}
+        assert {path.name for path in (finished / method).iterdir() if path.is_file()} == {"settings.json", "results.jsonl", "units.jsonl"}
     table = (finished / "table.md").read_text()
     assert "brightness (optimised)" in table
     assert "jpeg-incompressibility (watched)" in table

@@ -50,6 +50,7 @@ PLANTED = [
     ("diffalign/benchmarks/report.py", "diffalign.methods.reno"),  # more than a protocol
     ("diffalign/shapes/scenes.py", "diffalign.benchmarks.report"),  # more than the rules
     ("pipelines/outputs.py", "diffalign.shapes.detector"),  # the judge
+    ("diffalign/benchmarks/detector_reward.py", "diffalign.shapes.detector"),  # a reward from the judge
     ("diffalign/hub.py", "app"),
     ("diffalign/commands/bench.py", "gradio"),
 ]

@@ -10,6 +10,7 @@ So generation resumes where it stopped, any program's images can be judged, and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +23,14 @@ from PIL import Image
 
 from diffalign.files import differing_settings, read_json, whole_file, write_json, write_text
 
+FORMATS = {".png": {"format": "PNG"}, ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0}}
+
 
 @dataclass(frozen=True)
 class Item:
     """One image to make: `index` is the prompt's row, `sample` counts the images of that prompt, `seed` belongs to this item alone.
 
-    `path`: the image's place inside a method's folder, ".../samples/NAME.png", where a benchmark does not name files as GenEval does.
+    `path`: the image's place inside a method's folder, .png or .jpg, where a benchmark does not name files as GenEval does.
     """
 
     index: int
@@ -48,10 +51,17 @@ class Item:
 
     def trace_path(self, folder: Path) -> Path:
         image = self.image_path(folder)
-        return image.parent.parent / "traces" / f"{image.stem}.json"
+        if image.parent.name == "samples":
+            return image.parent.parent / "traces" / f"{image.stem}.json"
+        return (folder / "traces" / self.name).with_suffix(".json")
 
     def is_done(self, folder: Path) -> bool:
-        return self.trace_path(folder).is_file() and self.image_path(folder).is_file()
+        """Whether the image lies there, as long as it was written; what was cut short or deleted since is made again."""
+        try:
+            written = read_json(self.trace_path(folder)).get("bytes")
+            return written in (None, self.image_path(folder).stat().st_size)  # None: of an older version
+        except FileNotFoundError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -130,8 +140,17 @@ def save(item: Item, generated: Generated, folder: Path) -> None:
     if item.path is None:  # GenEval's folder belongs to one prompt
         write_text(image_path.parent.parent / "metadata.jsonl", json.dumps(item.metadata) + "\n")
     with whole_file(image_path) as temporary:
-        generated.image.save(temporary, format="PNG")
-    write_json(trace_path, {"prompt": item.prompt, "seed": item.seed, **generated.trace})
+        generated.image.save(temporary, **FORMATS[image_path.suffix])
+    facts = {
+        "prompt": item.prompt,
+        "index": item.index,
+        "sample": item.sample,
+        "seed": item.seed,
+        "size": list(generated.image.size),
+        "bytes": image_path.stat().st_size,
+        "sha256": hashlib.sha256(image_path.read_bytes()).hexdigest(),
+    }
+    write_json(trace_path, {**facts, **generated.trace})
 
 
 def read_image(path: Path) -> np.ndarray:

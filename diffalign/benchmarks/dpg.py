@@ -11,6 +11,7 @@ file; the last two are slips of the original code. `published=True` repeats them
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,20 +32,27 @@ class Questions:
 
 
 def read_questions(path: Path, published: bool = False) -> dict[str, Questions]:
-    """Item id -> questions, from dpg_bench.csv. Raises ValueError for a missing column or an unknown parent."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        needed = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
-        missing = needed - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; is it dpg_bench.csv?")
-        rows = list(reader)[1 if published else 0 :]
+    """Item id -> questions, from dpg_bench.csv. Raises ValueError for a missing column, an unknown parent, no number where one belongs."""
+    return parse_questions(path.read_text(encoding="utf-8"), str(path), published)
+
+
+def parse_questions(text: str, path: str, published: bool = False) -> dict[str, Questions]:
+    """The same from the file's text; `path` is named in errors."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    needed = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
+    missing = needed - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; is it dpg_bench.csv?")
+    rows = list(reader)[1 if published else 0 :]
     items: dict[str, Questions] = {}
     for row in rows:
         questions = items.setdefault(row["item_id"], Questions({}, {}, {}))
-        number = int(row["proposition_id"])
+        try:
+            number = int(row["proposition_id"])
+            questions.parents[number] = [int(parent) for parent in row["dependency"].split(",")]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: proposition_id and dependency of {row['item_id']} must be numbers ({error})") from error
         questions.text[number] = row["question_natural_language"]
-        questions.parents[number] = [int(parent) for parent in row["dependency"].split(",")]
         questions.category[number] = row["tuple"].split("(")[0].strip()
     if not published:  # there the first item has lost its first question, which others depend on
         for item, questions in items.items():
@@ -116,7 +124,7 @@ def from_grid(grid: Image.Image, images: int = 4) -> list[Image.Image]:
     return [grid.crop((x, y, x + width, y + height)) for y in (0, height) for x in (0, width)]
 
 
-def _check_parents(path: Path, item: str, questions: Questions) -> None:
+def _check_parents(path: str, item: str, questions: Questions) -> None:
     for question, needed in questions.parents.items():
         unknown = [parent for parent in needed if parent != ROOT and parent not in questions.text]
         if unknown:

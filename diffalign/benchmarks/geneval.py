@@ -7,20 +7,16 @@ re-seeds with the same number before every prompt, so that all prompts share fou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from jaxtyping import Float
-from torch import Tensor
 
 from diffalign.benchmarks.base import Item, item_seed, spread_over_tasks
 from diffalign.benchmarks.geneval_prompts import metadata
 from diffalign.benchmarks.geneval_results import result_row
 from diffalign.benchmarks.geneval_reward import UPSTREAM, partial_credit
 from diffalign.benchmarks.geneval_rules import Detection, Limits, Verdict, evaluate, keep
-from diffalign.benchmarks.scoring import Fault, Pixels, Task, collect, require_all, score_missing
+from diffalign.benchmarks.scoring import Fault, Pixels, Task, collect, score_all
 
 SAMPLES = 4  # images per prompt of the official protocol
 
@@ -106,12 +102,7 @@ class GenEvalBenchmark:
 
         Raises FileNotFoundError naming images that are missing or cut short, unless they are allowed.
         """
-        for task in self.tasks():
-            score_missing(task, folder, self.batch_size)
-        rows, faults = self.judged(folder)
-        if not self.allow_missing:
-            require_all(faults, len(rows) + len(faults), folder)
-        return rows
+        return score_all(self, folder)
 
     def judged(self, folder: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
         """Upstream's rows of what has been judged already, by whichever shard, and what has not."""
@@ -130,37 +121,3 @@ class GenEvalBenchmark:
 def _row(item: Item, score: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: [Detection(tuple(box[:4]), box[4]) for box in boxes] for name, boxes in score["details"].items()}
     return result_row(item.name, item.metadata, Verdict(score["correct"], score["reason"]), kept)
-
-
-@dataclass
-class FlowGrpoReward:
-    """GenEval's partial credit as a reward model, named after the work that trains on it. Not the benchmark's score, not differentiable.
-
-    metadata: the row of each prompt that may be asked for; GenEval's own 553 by default (training prompts should not be among those).
-    """
-
-    detector: Detector
-    colors: Colors
-    metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {row["prompt"]: row for row in metadata()})
-    name: str = "geneval-flow-grpo"
-    differentiable: bool = False
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for a prompt without a row."""
-        for prompt in prompts:
-            if prompt not in self.metadata:
-                raise ValueError(f"{self.name} judges prompts by their GenEval rows, and there is none for {prompt!r}; give it in metadata")
-
-    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        """Scores of at most 1, possibly negative. Images in [0, 1]."""
-        import torch
-
-        self.prepare(prompts)
-        pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        arrays: list[np.ndarray] = list(pixels)
-        found = self.detector(arrays)
-        credits = [
-            partial_credit(self.metadata[prompt], objects, remembering(self.colors, image)).score
-            for prompt, objects, image in zip(prompts, found, arrays, strict=True)
-        ]
-        return torch.tensor(credits, dtype=torch.float32, device=images.device)

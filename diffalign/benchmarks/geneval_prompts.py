@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -61,6 +62,22 @@ def article(word: str) -> str:
 def plural(name: str) -> str:
     """The release's plural, ungrammatical where English is irregular: "knifes", "benchs", "skises"."""
     return name + ("es" if name.endswith("s") else "s")
+
+
+def parse(prompt: str) -> Row:
+    """The row of any prompt made like GenEval's, among its 553 or not: "a photo of" and one or two of the 80 objects.
+
+    Counts go to four and plurals are the release's, as in the 553. Case, a full stop at the end and a / an do not matter. Raises ValueError
+    for another prompt: GenEval's rules cannot judge it.
+    """
+    text = " ".join(prompt.lower().split()).removesuffix(".")
+    for pattern, make in _GRAMMAR:
+        if match := re.fullmatch(f"a photo of {pattern}", text):
+            return {**make(*match.groups()), "prompt": prompt}
+    raise ValueError(
+        f"GenEval's rules cannot judge {prompt[:100]!r}: a prompt must be 'a photo of' and one of its 80 objects, two of them, two to four "
+        "of one, one with a colour, two with a colour each, or two in one of the relations left of, right of, above, below"
+    )
 
 
 @lru_cache(maxsize=1)
@@ -138,3 +155,21 @@ def _color_attr(names: Sequence[str], colors: Sequence[str]) -> Row:
 
 def _clause(name: str, count: int = 1) -> Row:
     return {"class": name, "count": count}
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """A group that matches one of the words, the longer ones first."""
+    return f"({'|'.join(sorted(map(re.escape, words), key=len, reverse=True))})"
+
+
+_SINGULAR = {plural(name): name for name in OBJECTS}
+_COUNTS = {word: number for number, word in NUMBER_WORDS.items()}
+_NAME, _COLOR = _any_of(OBJECTS), _any_of(COLORS)
+_GRAMMAR: tuple[tuple[str, Callable[..., Row]], ...] = (
+    (f"an? {_NAME}", _single),
+    (f"an? {_NAME} and an? {_NAME}", _two),
+    (f"{_any_of(_COUNTS)} {_any_of(_SINGULAR)}", lambda word, things: _counting(_SINGULAR[things], _COUNTS[word])),
+    (f"an? {_COLOR} {_NAME}", lambda color, name: _colors(name, color)),
+    (f"an? {_NAME} {_any_of(RELATIONS)} an? {_NAME}", lambda subject, relation, target: _position(subject, target, relation)),
+    (f"an? {_COLOR} {_NAME} and an? {_COLOR} {_NAME}", lambda c1, a, c2, b: _color_attr((a, b), (c1, c2))),
+)

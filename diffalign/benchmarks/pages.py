@@ -47,7 +47,7 @@ def failures_page(rows: Sequence[Mapping[str, Any]], title: str, most: int = WOR
             shown = [row for row in of_task if not row["correct"]]
             heading = f"{task}: {len(shown)} of {len(of_task)} images fail"
         else:
-            shown = sorted(of_task, key=lambda row: row["value"])
+            shown = sorted(of_task, key=_first_value)
             heading = f"{task}: the lowest of {len(of_task)} scores"
         more = f", the first {most} shown" if len(shown) > most else ""
         figures = "\n".join(_figure(row) for row in shown[:most])
@@ -56,14 +56,26 @@ def failures_page(rows: Sequence[Mapping[str, Any]], title: str, most: int = WOR
 
 
 def _figure(row: Mapping[str, Any]) -> str:
-    reason = row["reason"] if "reason" in row else f"{row['value']:.4f} {_detail(row.get('detail', {}))}"
+    reason = row["reason"] if "reason" in row else f"{_shown(row)} {_detail(row.get('detail', {}))}"
     path = html.escape(quote(row["filename"]))
     caption = f'{html.escape(row["prompt"])}<br><span class="reason">{html.escape(reason)}</span>'
     return f'<figure><a href="{path}"><img src="{path}" loading="lazy" alt=""></a><figcaption>{caption}</figcaption></figure>'
 
 
+def _first_value(row: Mapping[str, Any]) -> float:
+    return next(iter(row["values"].values())) if "values" in row else row["value"]
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {v:.4g}" for name, v in row["values"].items()) if "values" in row else f"{row['value']:.4f}"
+
+
 def _detail(detail: Mapping[str, Any]) -> str:
-    """What a score rests on, in brief: answers of BLIP-VQA, parts of 3-in-1, labels found."""
+    """What a score rests on, in brief: answers of BLIP-VQA, parts of 3-in-1, labels found, questions answered no."""
+    if "probabilities" in detail:
+        return "lowest: " + "; ".join(f"{skill} {p:.2f}" for skill, p in sorted(detail["probabilities"], key=lambda pair: pair[1])[:4])
+    if "answers" in detail and all(isinstance(answer, str) for _, answer in detail["answers"]):
+        return "no to " + (", ".join(str(number) for number, answer in detail["answers"] if answer != "yes") or "nothing")
     if "answers" in detail:
         return "; ".join(f"{question} {p:.2f}" for question, p in detail["answers"])
     if "objects" in detail:

@@ -26,46 +26,75 @@ class Judged:
     traces: Sequence[Mapping[str, Any]]
 
 
-def summarise(judged: Mapping[str, Judged], baseline: str = "none") -> dict[str, Any]:
-    """Accuracy, rewards and seconds of every method, and each one's paired difference to the baseline, as plain JSON data."""
+def summarise(judged: Mapping[str, Judged], baseline: str = "none", measure: str | None = None, pooled: bool = False) -> dict[str, Any]:
+    """Scores, rewards and costs of every method, and each one's paired difference to the baseline, as plain JSON data.
+
+    measure: which of the rows' "values"; None for rows that hold one verdict or value. pooled: overall is the mean over all prompts, not
+    over task means.
+    """
     methods, paired = {}, {}
     for name, result in judged.items():
-        correct, prompts, tasks = _columns(result.rows)
+        values, prompts, tasks = columns(result.rows, measure)
         rewards = result.traces[0]["rewards"]
         methods[name] = {
-            "overall": asdict(overall_estimate(correct, prompts, tasks)),
-            "tasks": estimates(result.rows),
+            "overall": asdict(overall_estimate(values, prompts, _strata(tasks, pooled))),
+            "tasks": estimates(result.rows, measure),
             "rewards": {reward: _before_and_after(result.traces, reward) for reward in rewards},
             "seconds_per_image": _mean([trace["seconds"] for trace in result.traces if trace.get("seconds") is not None]),
+            "cost": mean_cost(result.traces),
         }
     if baseline in judged:
-        base, prompts, tasks = _columns(judged[baseline].rows)
+        base, prompts, tasks = columns(judged[baseline].rows, measure)
         for name, result in judged.items():
             if name == baseline:
                 continue
             if [r["filename"] for r in result.rows] != [r["filename"] for r in judged[baseline].rows]:
                 raise ValueError(f"{name} and {baseline} were not judged on the same images, so they cannot be compared in pairs")
-            correct, _, _ = _columns(result.rows)
+            values, _, _ = columns(result.rows, measure)
             paired[name] = {
-                "overall": asdict(paired_difference(correct, base, prompts, tasks)),
-                "tasks": {t: asdict(d) for t, d in paired_task_differences(correct, base, prompts, tasks).items()},
+                "overall": asdict(paired_difference(values, base, prompts, _strata(tasks, pooled))),
+                "tasks": {t: asdict(d) for t, d in paired_task_differences(values, base, prompts, tasks).items()},
             }
     return {"methods": methods, "paired": {"baseline": baseline, "differences": paired}}
 
 
-def value(row: Mapping[str, Any]) -> float:
+def measures(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """What the rows measure: names, or [None] where they hold one verdict or value."""
+    return list(rows[0]["values"]) if "values" in rows[0] else [None]
+
+
+def value(row: Mapping[str, Any], measure: str | None = None) -> float:
     """A row's verdict as 0 or 1, or its score where the benchmark gives scores."""
+    if measure is not None:
+        return float(row["values"][measure])
     return float(row["correct"] if "correct" in row else row["value"])
 
 
-def estimates(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def estimates(rows: Sequence[Mapping[str, Any]], measure: str | None = None) -> dict[str, dict[str, Any]]:
     """Each task's mean with its interval: Wilson's for verdicts, the prompt bootstrap's for scores."""
     method = task_estimates if "correct" in rows[0] else task_means
-    return {task: asdict(estimate) for task, estimate in method(*_columns(rows)).items()}
+    return {task: asdict(estimate) for task, estimate in method(*columns(rows, measure)).items()}
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[str], list[str]]:
-    return [value(r) for r in rows], [r["prompt"] for r in rows], [r["tag"] for r in rows]
+def columns(rows: Sequence[Mapping[str, Any]], measure: str | None = None) -> tuple[list[float], list[Any], list[str]]:
+    """Values, prompts and tasks. A prompt is known by its place in the list where rows tell it, since lists repeat prompts."""
+    return [value(r, measure) for r in rows], [r.get("index", r["prompt"]) for r in rows], [r["tag"] for r in rows]
+
+
+def _strata(tasks: Sequence[str], pooled: bool) -> list[str]:
+    return ["all"] * len(tasks) if pooled else list(tasks)
+
+
+COSTS = {"seconds": "s/image", "nfe": "evaluations of the network", "reward_calls": "reward calls", "peak_memory_mb": "peak memory (GB)"}
+
+
+def mean_cost(traces: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Per image, over the images that have it recorded; of the memory the peak of all."""
+    cost = {}
+    for name in COSTS:
+        known = [trace[name] for trace in traces if trace.get(name) is not None]
+        cost[name] = max(known, default=None) if name == "peak_memory_mb" else _mean(known)
+    return cost
 
 
 def _mean(numbers: Sequence[float]) -> float | None:
@@ -82,36 +111,62 @@ def _before_and_after(traces: Sequence[Mapping[str, Any]], reward: str) -> dict[
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The summary as three tables and the facts needed to make them again. `optimised` and `facts` are read where present."""
-    parts = [f"## {summary.get('measure', 'Judge accuracy')}, with 95 % intervals", _accuracy_table(summary)]
-    differences = summary["paired"]["differences"]
-    if differences:
-        baseline = summary["paired"]["baseline"]
-        parts += [f"## Gain over `{baseline}` on the same prompts and noises, with 95 % intervals", _gain_table(differences)]
+    """The summary as tables, and the facts needed to make them again.
+
+    `optimised`, `measure`, `further` (name -> a summary of another measure), `breakdown`, `tables` and `facts` are read where present.
+    """
+    parts = _measure_tables(summary, summary.get("measure", "Judge accuracy"))
+    for name, further in summary.get("further", {}).items():
+        parts += _measure_tables(further, f"Mean {name}")
+    if summary.get("breakdown"):
+        found = summary["breakdown"]
+        groups = list(dict.fromkeys(group for values in found["methods"].values() for group in values))
+        rows = [[name, *(_number(values.get(group)) for group in groups)] for name, values in found["methods"].items()]
+        parts += [f"## {found['title']}", table(["method", *groups], rows)]
     if any(m["rewards"] for m in summary["methods"].values()):
         parts += ["## Mean rewards, before -> after", _reward_table(summary["methods"], set(summary.get("optimised", ())))]
+    for extra in summary.get("tables", ()):
+        parts += [f"## {extra['title']}", table(extra["head"], extra["rows"]), extra["note"]]
+    costs = {name: m.get("cost", {}) for name, m in summary["methods"].items()}
+    if any(value is not None for cost in costs.values() for value in cost.values()):
+        parts += ["## Cost per image", table(["method", *COSTS.values()], [[name, *cost_cells(cost)] for name, cost in costs.items()])]
     first = next(iter(summary["methods"].values()))["overall"]
     facts = {"prompts": first["prompts"], "images per method": first["images"], **summary.get("facts", {})}
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     return "\n\n".join(parts) + "\n"
 
 
+def _measure_tables(summary: Mapping[str, Any], title: str) -> list[str]:
+    parts = [f"## {title}, with 95 % intervals", _accuracy_table(summary)]
+    differences = summary["paired"]["differences"]
+    if differences:
+        baseline = summary["paired"]["baseline"]
+        parts += [f"## Gain over `{baseline}` on the same prompts and noises, with 95 % intervals", _gain_table(differences)]
+    return parts
+
+
+def cost_cells(cost: Mapping[str, float | None]) -> list[str]:
+    """The cells below COSTS; memory in 2**30 bytes."""
+    return ["" if (v := cost.get(n)) is None else f"{v / 1024:.2f}" if n == "peak_memory_mb" else f"{v:.4g}" for n in COSTS]
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}g}"
+
+
 def _accuracy_table(summary: Mapping[str, Any]) -> str:
     tasks = list(next(iter(summary["methods"].values()))["tasks"])
+    shown = tasks if len(tasks) > 1 else []  # of one task, overall says it all
     rows = [
-        [
-            name,
-            interval(m["overall"]),
-            *(interval(m["tasks"][t]) for t in tasks),
-            "" if m["seconds_per_image"] is None else f"{m['seconds_per_image']:.3g}",
-        ]
+        [name, interval(m["overall"]), *(interval(m["tasks"][t]) for t in shown), _number(m["seconds_per_image"], 3)]
         for name, m in summary["methods"].items()
     ]
-    return table(["method", "overall", *tasks, "s/image"], rows)
+    return table(["method", "overall", *shown, "s/image"], rows)
 
 
 def _gain_table(differences: Mapping[str, Any]) -> str:
     tasks = list(next(iter(differences.values()))["tasks"])
+    tasks = tasks if len(tasks) > 1 else []
     rows = [
         [name, interval(d["overall"], "+"), f"{d['overall']['p_value']:.2g}", *(interval(d["tasks"][t], "+") for t in tasks)]
         for name, d in differences.items()

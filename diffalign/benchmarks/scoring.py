@@ -174,6 +174,42 @@ def collect(task: Task, folder: Path) -> tuple[dict[str, Any], list[Fault]]:
     return scores, faults
 
 
+def collect_all(tasks: Sequence[Task], folder: Path) -> tuple[dict[str, dict[str, tuple[Scorer, Any]]], dict[str, Fault]]:
+    """Item name -> scorer name -> (scorer, score) over several tasks, and the items that any task could not judge, with their faults."""
+    found: dict[str, dict[str, tuple[Scorer, Any]]] = {}
+    faults: dict[str, Fault] = {}
+    for task in tasks:
+        scores, missing = collect(task, folder)
+        faults.update({fault.item: fault for fault in missing})
+        for name, score in scores.items():
+            found.setdefault(name, {})[task.scorer.name] = (task.scorer, score)
+    return found, faults
+
+
+class Judging(Protocol):
+    """What `score_all` needs of a benchmark."""
+
+    batch_size: int
+    allow_missing: bool
+
+    def tasks(self) -> list[Task]: ...
+
+    def judged(self, folder: Path) -> tuple[list[dict[str, Any]], list[Fault]]: ...
+
+
+def score_all(benchmark: Judging, folder: Path) -> list[dict[str, Any]]:
+    """Judges what has not been judged, and returns the benchmark's rows in the order of its items.
+
+    Raises FileNotFoundError naming images that are missing or cut short, unless the benchmark allows them.
+    """
+    for task in benchmark.tasks():
+        score_missing(task, folder, benchmark.batch_size)
+    rows, faults = benchmark.judged(folder)
+    if not benchmark.allow_missing:
+        require_all(faults, len(rows) + len(faults), folder)
+    return rows
+
+
 def require_all(faults: Sequence[Fault], items: int, folder: Path) -> None:
     """Raises FileNotFoundError naming the images that cannot be judged: a mean over the rest would look like a result."""
     if not faults:

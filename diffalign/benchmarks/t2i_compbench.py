@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.benchmarks.base import Item, item_seed, spread_over_tasks
-from diffalign.benchmarks.scoring import Fault, Scorer, Task, collect, require_all, score_missing
+from diffalign.benchmarks.scoring import Fault, Scorer, Task, collect_all, score_all
 from diffalign.benchmarks.t2i_prompts import CATEGORIES, IMAGES_PER_PROMPT, PromptList, file_name, read_prompts
 from diffalign.benchmarks.t2i_three_in_one import Kinds, three_in_one
 from diffalign.files import write_json, write_text
@@ -79,32 +79,21 @@ class T2ICompBench:
         return tasks
 
     def score(self, folder: Path) -> list[dict[str, Any]]:
-        """Judges what has not been judged; one row per item in their order: filename, tag, prompt, value, scorer, detail.
+        """Judges what has not been judged; one row per item in their order: filename, index, tag, prompt, value, scorer, detail.
 
         Raises FileNotFoundError naming images that are missing or cut short, unless they are allowed.
         """
-        for task in self.tasks():
-            score_missing(task, folder, self.batch_size)
-        rows, faults = self.judged(folder)
-        if not self.allow_missing:
-            require_all(faults, len(rows) + len(faults), folder)
-        return rows
+        return score_all(self, folder)
 
     def judged(self, folder: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
         """Rows of what has been judged by all its scorers, by whichever shard, and what has not."""
-        found: dict[str, dict[str, tuple[Scorer, Any]]] = {}
-        faults: dict[str, Fault] = {}
-        for task in self.tasks():
-            scores, missing = collect(task, folder)
-            faults.update({fault.item: fault for fault in missing})
-            for name, score in scores.items():
-                found.setdefault(name, {})[task.scorer.name] = (task.scorer, score)
+        found, faults = collect_all(self.tasks(), folder)
         items = self.items()
         rows = [self._row(item, found[item.name]) for item in items if item.name not in faults]
         return rows, [faults[item.name] for item in items if item.name in faults]
 
     def _row(self, item: Item, scores: Mapping[str, tuple[Scorer, Any]]) -> dict[str, Any]:
-        row = {"filename": item.name, "tag": item.task, "prompt": item.prompt}
+        row = {"filename": item.name, "index": item.index, "tag": item.task, "prompt": item.prompt}
         if item.task != COMPLEX:
             ((scorer, score),) = scores.values()
             detail = {name: value for name, value in score.items() if name != "value"}

@@ -7,10 +7,10 @@ colour score published before used the older list.
 
 from __future__ import annotations
 
-import hashlib
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from diffalign.benchmarks.sources import read_source, version_of
 
 UPSTREAM = "https://github.com/Karine-Huang/T2I-CompBench"
 IMAGES_PER_PROMPT = 10  # the paper's protocol, on the 300 prompts of the val split
@@ -77,31 +77,16 @@ def read_prompts(source: str | Path, category: str, split: str = "val") -> Promp
     for prompt in prompts:
         if "_" in prompt or "/" in prompt:
             raise ValueError(f"prompts become file names in which '_' and '/' have a meaning, so none may hold them; got {prompt!r}")
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    digest = version_of(prompts)
     return PromptList(tuple(prompts), KNOWN_LISTS.get(digest, f"unknown list {digest}"))
 
 
 def read_lines(source: str | Path, file: str) -> list[str]:
     """The lines of one of upstream's lists that are not blank. Raises FileNotFoundError saying where it was looked for."""
-    text = _read_url(str(source), file) if "://" in str(source) else find_file(source, file).read_text(encoding="utf-8")
+    if Path(source).is_file():
+        raise NotADirectoryError(f"T2I-CompBench's prompts are several files; give the folder of a clone of {UPSTREAM}, not {source}")
+    text = read_source(source, (file, f"examples/dataset/{file}"), UPSTREAM)
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def find_file(source: str | Path, file: str) -> Path:
-    """The file in a clone or in its examples/dataset."""
-    for folder in (Path(source), Path(source) / "examples" / "dataset"):
-        if (folder / file).is_file():
-            return folder / file
-    raise FileNotFoundError(f"{file} is neither in {source} nor in {source}/examples/dataset; give the folder of a clone of {UPSTREAM}")
-
-
-def _read_url(source: str, file: str) -> str:
-    url = f"{source.rstrip('/')}/{file}"
-    try:
-        with urllib.request.urlopen(url) as response:
-            return response.read().decode("utf-8")
-    except OSError as error:
-        raise FileNotFoundError(f"{url} cannot be read ({error}); give the URL of the raw files of examples/dataset, or a clone") from error
 
 
 def file_name(prompt: str, number: int) -> str:

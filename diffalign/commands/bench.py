@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import compare, config, judging, options
+from diffalign.commands import compare, config, judging, lora, options
 from diffalign.commands.generate import Interrupted
+from diffalign.commands.kinds import KINDS
 from diffalign.files import read_json, require_writable
 
 COMPARE = "compare"
@@ -36,9 +36,9 @@ def add_parser(subparsers: Any) -> None:
         description="Generates a benchmark's images with each method from the same noises, judges them, and prints one table. Resumable.",
         allow_abbrev=False,
     )
-    what = f"{', '.join(judging.BENCHMARKS)}; or compare, which takes the folders of two judged methods"
+    what = f"{', '.join(KINDS)}; or compare, which takes the folders of two or more judged methods"
     parser.add_argument("benchmark", type=benchmark_name, metavar="BENCHMARK", help=what)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="compare: RUN_A RUN_B, such as outputs/a/none outputs/a/reno")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="compare: RUN_A RUN_B ..., such as outputs/a/none outputs/a/reno")
     parser.add_argument(
         "--method",
         type=options.method_name,
@@ -47,10 +47,10 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME",
         help=f"one or more of {', '.join(options.METHODS)}; none is always added (default: none best-of-n reno)",
     )
-    splits = list(dict.fromkeys(split for names in judging.SPLITS.values() for split in names))
+    splits = list(dict.fromkeys(split for kind in KINDS.values() for split in kind.splits))
     parser.add_argument("--split", choices=splits, help="which prompts (default: shapes test, t2i-compbench val)")
     parser.add_argument("--limit", type=options.count, metavar="N", help="at most N prompts, spread evenly over the tasks")
-    defaults = ", ".join(f"{name} {count}" for name, count in judging.SAMPLES.items())
+    defaults = ", ".join(f"{name} {kind.samples}" for name, kind in KINDS.items())
     parser.add_argument("--samples", type=options.count, metavar="N", help=f"images per prompt (default: {defaults})")
     seed_help = "each image's seed is drawn from this, its prompt and sample (default: %(default)s)"
     parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help=seed_help)
@@ -62,6 +62,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="also draw images before and after with the judge's verdicts")
     grid_help = "prompts of each task in it, drawn by --seed (default: %(default)s)"
     parser.add_argument("--grid-per-task", type=options.count, default=GRID_PROMPTS_PER_TASK, metavar="N", help=grid_help)
+    lora_help = "tuned LoRA weights to put on the pipeline: a .safetensors file or the folder with it"
+    parser.add_argument("--lora", type=lora.path, metavar="PATH", help=lora_help)
     judging.add_options(parser)
     options.add_model_options(parser)
     config.add_option(parser)
@@ -69,7 +71,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def benchmark_name(text: str) -> str:
-    known = (*judging.BENCHMARKS, COMPARE)
+    known = (*KINDS, COMPARE)
     if text not in known:
         raise argparse.ArgumentTypeError(options.unknown("benchmark", text, known))
     return text
@@ -84,9 +86,11 @@ def run(args: argparse.Namespace) -> int:
     judging.resolve(args)
     if args.images:
         return judging.run_images(args)
+    kind = KINDS[args.benchmark]
     methods = ["none", *dict.fromkeys(name for name in args.method if name != "none")]
     # Without a search nothing is optimised, so rewards are loaded only where they were asked for; the shapes models have a default.
-    unwatched = methods == ["none"] and not args.reward and not args.watch and not options.is_shapes(args.pipeline)
+    # Where rewards are the judges, images get their scores when they are judged.
+    unwatched = methods == ["none"] and (kind.by_reward or not (args.reward or args.watch or options.is_shapes(args.pipeline)))
     mix = {} if unwatched else options.reward_mix(args)
     options.require_gradient(methods, mix)
     require_writable(args.out)
@@ -98,18 +102,19 @@ def run(args: argparse.Namespace) -> int:
     from diffalign.benchmarks.base import open_run
 
     benchmark = judging.build(args)
-    if args.benchmark == "t2i-compbench" and args.stage != "generate":
-        judging.grammar(args, benchmark)  # fails before hours of generation, not after
+    kind.ready(args, benchmark)  # fails before hours of generation, not after
     shard, finish = judging.share(args)
     for name in methods:
-        open_run(args.out / name, {**run_settings(args, name, mix), **judging.extra_settings(args, benchmark)}, args.overwrite)
+        open_run(args.out / name, {**run_settings(args, name, mix), **kind.settings(args, benchmark)}, args.overwrite)
     if args.stage in ("all", "generate"):
         complete(args, methods, mix, shard.of(benchmark.items()))
+    for name in methods:
+        kind.export(benchmark, args.out / name)
     if args.stage == "generate":
         print(f"images are in {args.out}; --stage score judges them")
         return 0
     benchmark = judging.with_judge(args, benchmark)
-    if args.stage != "report" and args.benchmark != "shapes":
+    if args.stage != "report" and kind.judge:
         judging.judge(args, benchmark, methods, shard)
     if not finish():
         print(f"shard {shard.index}/{shard.count} is done in {args.out}; the same command with --stage report, and no --shard, sums all up")
@@ -135,18 +140,22 @@ def complete(args: argparse.Namespace, methods: Sequence[str], mix: Mapping[str,
 
 def run_settings(args: argparse.Namespace, method: str, mix: Mapping[str, float]) -> dict[str, Any]:
     """What a method's images and traces depend on. Limit and samples are not in it: a run may be extended by more of either."""
+    unoptimised = method == "none" and KINDS[args.benchmark].by_reward
     return {
         "benchmark": args.benchmark,
         "split": args.split,
         "pipeline": args.pipeline,
+        **({"lora": lora.identity(args.lora)} if args.lora else {}),
         "method": method,
         "seed": args.seed,
-        "reward": dict(mix),
-        "watch": list(args.watch or ()),
+        # Of images that no search made the rewards are notes; where rewards judge, they are not even that.
+        "reward": {} if unoptimised else dict(mix),
+        "watch": [] if unoptimised else list(args.watch or ()),
         "iterations": None if method == "none" else args.iterations,
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "dtype": args.dtype,
+        **options.rule_settings(args),
     }
 
 
@@ -156,7 +165,11 @@ def generate(args: argparse.Namespace, missing: Mapping[str, Sequence[Any]], mix
     from diffalign.files import write_json
 
     pipeline, reward = options.load_parts(args, mix)
+    if args.lora:
+        lora.load(pipeline, args.lora)
     write_json(args.out / "machine.json", {"device": options.device_name(pipeline), "versions": options.versions()})
+    if reward:
+        write_json(args.out / "reward.json", reward.settings())
     for name, items in missing.items():
         if not items:
             continue
@@ -174,30 +187,33 @@ def maker(
     import numpy as np
 
     from diffalign.benchmarks.base import Generated, read_image
+    from diffalign.commands.cost import Meter
 
     def make(batch: Sequence[Any]) -> list[Generated]:
-        began, finished = time.perf_counter(), bar.n + len(batch) * evaluations
-        output = pipeline(
-            [item.prompt for item in batch],
-            seed=[item.seed for item in batch],
-            plugins=[method] if method else (),
-            progress=lambda iteration, scores: bar.update(len(batch)),
-            **options.stock_arguments(args),
-        )
-        seconds = (time.perf_counter() - began) / len(batch)
+        finished = bar.n + len(batch) * evaluations
+        with Meter(pipeline) as meter:
+            output = pipeline(
+                [item.prompt for item in batch],
+                seed=[item.seed for item in batch],
+                plugins=[method] if method else (),
+                progress=lambda iteration, scores: bar.update(len(batch)),
+                **options.stock_arguments(args),
+            )
         if method is None:
             prompts = [item.prompt for item in batch]
             scores = options.score(reward, output.images, prompts, pipeline.device) if reward else [{} for _ in batch]
             traces = [{"method": "none", "best": 0, "rewards": rewards} for rewards in scores]
+            costs = meter.costs(len(batch))
         else:
             traces = [output.trace.sample(i) for i in range(len(batch))]
+            costs = meter.costs(len(batch), [len(trace["rewards"]["total"]) for trace in traces])
             for item, trace, image in zip(batch, traces, output.initial_images, strict=True):
                 without = read_image(item.image_path(args.out / "none")).astype(int)
                 trace["start_difference"] = int(np.abs(np.asarray(image.convert("RGB")) - without).max())
         bar.update(finished - bar.n)  # samples that stopped early count as done
         return [
-            Generated(image, options.finite_or_none({"seconds": round(seconds, 4), **trace}))
-            for image, trace in zip(output.images, traces, strict=True)
+            Generated(image, options.finite_or_none({**cost, **trace}))
+            for image, cost, trace in zip(output.images, costs, traces, strict=True)
         ]
 
     return make
@@ -205,16 +221,17 @@ def maker(
 
 def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix: Mapping[str, float]) -> str:
     """Judges what lies on disk, writes results.jsonl, summary.json, table.md and the grid, and returns the tables."""
-    from diffalign.benchmarks.report import Judged, summarise, write_report, write_rows
+    from diffalign.benchmarks.report import Judged, write_report, write_rows
 
-    items = benchmark.items()
+    items, kind = benchmark.items(), KINDS[args.benchmark]
     rows, left_out = judging.rows_in_common(args, benchmark, methods)
     judged = {}
     for name in methods:
         folder, reported = args.out / name, {row["filename"] for row in rows[name]}
         judged[name] = Judged(rows[name], [read_json(item.trace_path(folder)) for item in items if item.name in reported])
         write_rows(folder / "results.jsonl", judged[name].rows)
-        judging.write_official(benchmark, folder, judged[name].rows)
+        judging.write_official(kind, benchmark, folder, judged[name].rows)
+        judging.write_units(args, benchmark, folder, judged[name].rows, left_out)
     machine = read_json(args.out / "machine.json")
     config = {**run_settings(args, methods[-1], mix), "method": list(methods), "iterations": args.iterations}
     summary = {
@@ -224,12 +241,10 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **machine,
         "optimised": list(mix),
-        **summarise(judged),
+        **judging.summed_up(kind, benchmark, judged),
     }
     if left_out:
-        summary["partial"] = left_out
-    if args.benchmark == "t2i-compbench":
-        summary["measure"] = "Mean scores"
+        summary["partial"] = list(left_out.values())
     split = f"{args.split} split, " if args.split else ""
     summary["facts"] = {
         **judging.partial(left_out),

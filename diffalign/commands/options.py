@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import math
 import os
 import platform
@@ -42,10 +43,11 @@ def pipeline_name(text: str) -> str:
 
 
 def reward_name(text: str) -> str:
-    from reward_models import NAMES
+    from diffalign.hub import reward_specs
 
-    if text not in NAMES:
-        raise argparse.ArgumentTypeError(unknown("reward", text, NAMES))
+    names = reward_specs()
+    if text not in names:
+        raise argparse.ArgumentTypeError(unknown("reward", text, names))
     return text
 
 
@@ -60,6 +62,25 @@ def reward_weight(text: str) -> tuple[str, float]:
     if not math.isfinite(weight) or weight == 0:
         raise argparse.ArgumentTypeError(f"the weight of {name} must be a finite number other than 0, as in {name}=0.5; got {number!r}")
     return name, weight
+
+
+def reward_rule(text: str) -> str:
+    """NAME or NAME=NUMBER of a rule that makes several rewards one."""
+    return _rule(text, "RULES", "rule")
+
+
+def gradient_rule(text: str) -> str:
+    return _rule(text, "GRADIENT_RULES", "gradient rule")
+
+
+def _rule(text: str, table: str, kind: str) -> str:
+    from diffalign.rewards import names
+
+    try:
+        names.parse(text, getattr(names, table), kind)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def method_name(text: str) -> str:
@@ -118,6 +139,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     watch_help = "rewards to report without optimising them"
     parser.add_argument("--watch", type=reward_name, nargs="+", action="extend", metavar="NAME", help=watch_help)
+    add_rule_options(parser)
     parser.add_argument(
         "--iterations",
         "--evaluations",
@@ -134,12 +156,46 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
 
 
+def add_rule_options(parser: argparse.ArgumentParser) -> None:
+    """--reward-rule, --reward-gradient, --calibration; docs/reward_mixing.md says when to use which."""
+    rule_help = "how several rewards become one: weighted, worst-case, soft-min=0.3, uncertainty=0.5, geometric (default: %(default)s)"
+    parser.add_argument("--reward-rule", type=reward_rule, default="weighted", metavar="NAME", help=rule_help)
+    gradient_help = "how their gradients become one, for reno: equal, pcgrad, mgda (default: as the rule has it)"
+    parser.add_argument("--reward-gradient", type=gradient_rule, metavar="NAME", help=gradient_help)
+    calibration_help = "common units of the rewards, which every rule but weighted needs; `diffalign calibrate` makes one"
+    parser.add_argument("--calibration", type=Path, metavar="FILE.json", help=calibration_help)
+
+
+def rule_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the rule adds to a run's settings: nothing where nothing was asked for. A calibration counts by its content, not its path."""
+    settings: dict[str, Any] = {}
+    if args.reward_rule != "weighted":
+        settings["reward_rule"] = args.reward_rule
+    if args.reward_gradient:
+        settings["reward_gradient"] = args.reward_gradient
+    if args.calibration:
+        settings["calibration"] = hashlib.sha256(args.calibration.read_bytes()).hexdigest()[:16]
+    return settings
+
+
+def check_rule(args: argparse.Namespace) -> None:
+    """Raises ValueError where the rule lacks its calibration, or the file is not there. Before anything is loaded."""
+    from diffalign.rewards.names import RULES
+
+    name = args.reward_rule.partition("=")[0]
+    if RULES[name].calibrated and not args.calibration:
+        raise ValueError(f"--reward-rule {name} compares rewards, so it needs --calibration FILE.json; `diffalign calibrate` makes one")
+    if args.calibration and not args.calibration.is_file():
+        raise ValueError(f"--calibration {args.calibration} does not exist; `diffalign calibrate` makes one")
+
+
 def is_shapes(pipeline: str) -> bool:
     return pipeline in ("shapes", "shapes-turbo")
 
 
 def reward_mix(args: argparse.Namespace) -> dict[str, float]:
-    """The rewards to optimise, in the order given. Raises ValueError for one given twice, or none given where no default fits."""
+    """The rewards to optimise, in the order given. Raises ValueError for one given twice, none where no default fits, a rule amiss."""
+    check_rule(args)
     given: Sequence[tuple[str, float]] = args.reward or ()
     names = [name for name, _ in given]
     twice = {name for name in names if names.count(name) > 1} | (set(names) & set(args.watch or ()))
@@ -148,15 +204,16 @@ def reward_mix(args: argparse.Namespace) -> dict[str, float]:
     if given:
         return dict(given)
     if is_shapes(args.pipeline):
-        return dict(DEFAULT_REWARD)
+        # the default weights are of native units; calibrated rewards count alike
+        return dict.fromkeys(DEFAULT_REWARD, 1.0) if args.calibration else dict(DEFAULT_REWARD)
     raise ValueError(f"--reward is needed with --pipeline {args.pipeline}: the default reward knows shapes only")
 
 
 def require_gradient(methods: Iterable[str], mix: Mapping[str, float]) -> None:
     """Raises ValueError where a method needs a gradient that a reward does not have, as the table of rewards says."""
-    from reward_models import SPECS
+    from diffalign.hub import reward_specs
 
-    flat = [name for name in mix if not SPECS[name].differentiable]
+    flat = [name for name in mix if not reward_specs()[name].differentiable]
     climbing = [name for name in methods if name.startswith("reno")]
     if flat and climbing:
         raise ValueError(f"reward {flat[0]!r} has no gradient, which {climbing[0]} climbs; --watch it, or use --method best-of-n")
@@ -178,8 +235,10 @@ def load_parts(args: argparse.Namespace, mix: Mapping[str, float]) -> tuple[Any,
         library.disable_progress_bar()  # loading is over in a second or two; downloads keep their bars
     pipeline = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
     pipeline.set_progress_bar_config(disable=True)  # our own bar counts evaluations; one more per denoising step would bury it
-    reward = load_reward(dict(mix), watch=tuple(args.watch or ()), device=str(pipeline.device)) if mix else None
-    return pipeline, reward
+    if not mix:
+        return pipeline, None
+    rules = {"rule": args.reward_rule, "gradient": args.reward_gradient, "calibration": args.calibration}
+    return pipeline, load_reward(dict(mix), watch=tuple(args.watch or ()), **rules, device=str(pipeline.device))
 
 
 def build_method(name: str, reward: Any, evaluations: int) -> Any:

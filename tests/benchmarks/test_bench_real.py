@@ -124,8 +124,8 @@ def test_stages_and_missing_images(capsys, tiny_folder, tmp_path, models):
         ("geneval", ["--split", "test"], "geneval has no --split"),
         ("geneval", ["--prompts", "clone"], "--prompts belongs to t2i-compbench"),
         ("t2i-compbench", [], "--prompts is needed"),
-        ("t2i-compbench", ["--prompts", "nowhere"], "is neither in nowhere"),
-        ("shapes", ["--images", "."], "--images belongs to geneval"),
+        ("t2i-compbench", ["--prompts", "nowhere"], "the prompts are neither at nowhere/color_val.txt"),
+        ("shapes", ["--images", "."], "--images belongs to benchmarks of other programs"),
         ("geneval", ["--detector", "hf", "--images", "nowhere"], "nowhere is not a folder"),
         ("shapes", ["--detector", "hf"], "--detector belongs to geneval and t2i-compbench"),
     ],
@@ -161,7 +161,7 @@ def test_t2i_compbench_from_command_to_table(capsys, tiny_folder, tmp_path, mode
     folder = tmp_path / "run" / "none"
     found = rows(folder)
     assert len(found) == 2 * sum(map(len, PROMPTS.values()))
-    assert {"filename", "tag", "prompt", "value", "scorer", "detail"} == set(found[0])
+    assert {"filename", "index", "tag", "prompt", "value", "scorer", "detail"} == set(found[0])
     answers = json.loads((folder / "color" / "annotation_blip" / "vqa_result.json").read_text())
     assert [answer["question_id"] for answer in answers] == [0, 1, 2, 3]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

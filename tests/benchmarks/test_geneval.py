@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from diffalign.benchmarks.base import Generated, generate_missing
-from diffalign.benchmarks.geneval import FlowGrpoReward, GenEvalBenchmark, GenEvalScorer
+from diffalign.benchmarks.geneval import GenEvalBenchmark, GenEvalScorer
 from diffalign.benchmarks.geneval_colors import ClipColors
 from diffalign.benchmarks.geneval_models import load_colors, load_detector, load_scorer
 from diffalign.benchmarks.geneval_prompts import OBJECTS, metadata
@@ -126,22 +126,6 @@ def test_protocol_says_what_a_figure_must_be_quoted_with():
     protocol = GenEvalBenchmark(told_scorer(), limit=6).protocol()
     assert (protocol["prompts"], protocol["images per prompt"], protocol["scorer"]) == ("6 of 553", 4, "told")
     assert protocol["limits"]["counting_threshold"] == 0.9
-
-
-# --- the reward ---------------------------------------------------------------------------------------------------------------
-
-
-def test_the_flow_grpo_reward_judges_prompts_by_their_rows():
-    rows = metadata()
-    reward = FlowGrpoReward(Told(), lambda _image, _name, objects: [d.mask for d in objects])
-    indices = [0, 100, 300]
-    images = torch.zeros(3, 3, 4, 4)
-    images[:, 0, 0, 0] = torch.tensor([i % 256 for i in indices]) / 255
-    images[:, 1, 0, 0] = torch.tensor([i // 256 for i in indices]) / 255
-    assert reward(images, [rows[i]["prompt"] for i in indices]).tolist() == [1.0, 1.0, 1.0]
-    assert reward(images[:1], [rows[-1]["prompt"]]).tolist() == [0.0]
-    with pytest.raises(ValueError, match="there is none for 'a cat'"):
-        reward.prepare(["a cat"])
 
 
 # --- end to end on tiny random models -----------------------------------------------------------------------------------------

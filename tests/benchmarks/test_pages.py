@@ -43,7 +43,7 @@ def test_a_report_as_a_page_says_what_its_markdown_says():
     assert "Judge accuracy, with 95 % intervals" in page.text
     assert "0.750 [0.30, 0.95]" in page.text
     assert "command: `diffalign bench` <now> & here" in page.text
-    assert page.text.count("reno") == 3
+    assert page.text.count("reno") == 4
 
 
 def test_only_failures_are_shown_with_their_reasons():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffalign.benchmarks.t2i_prompts import CATEGORIES, KNOWN_LISTS, PromptList, file_name, find_file, parse_name, read_lines, read_prompts
+from diffalign.benchmarks.t2i_prompts import CATEGORIES, KNOWN_LISTS, PromptList, file_name, parse_name, read_lines, read_prompts
 from tests.benchmarks import recorded
 
 
@@ -28,7 +28,7 @@ def test_a_clone_its_folder_and_a_url_are_the_same(clone):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("colour",), "category must be one of"), (("color", "test"), "split must be one of"), (("shape",), "neither in")],
+    [(("colour",), "category must be one of"), (("color", "test"), "split must be one of"), (("shape",), "neither at")],
 )
 def test_what_is_not_there_is_named(clone, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -36,7 +36,7 @@ def test_what_is_not_there_is_named(clone, arguments, message):
 
 
 def test_a_url_that_does_not_answer(clone):
-    with pytest.raises(FileNotFoundError, match=r"shape_val\.txt cannot be read"):
+    with pytest.raises(FileNotFoundError, match=r"shape_val\.txt \(<urlopen error"):
         read_prompts((clone / "examples" / "dataset").as_uri(), "shape")
 
 
@@ -77,4 +77,3 @@ def test_the_two_colour_lists_are_told_apart(tmp_path):
 
 def test_other_lists_are_read_the_same_way(clone):
     assert read_lines(clone, "color_val.txt")[0] == "a red cup"
-    assert find_file(clone, "color_val.txt").name == "color_val.txt"

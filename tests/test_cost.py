@@ -1,0 +1,41 @@
+"""What images cost, counted on a real tiny pipeline: evaluations of the network are rows of its batches."""
+
+import pytest
+
+from diffalign.commands.cost import Meter
+from diffalign.hub import load_reward
+from diffalign.methods import find_method
+
+
+@pytest.mark.parametrize(("guidance_scale", "passes"), [(0.0, 1), (3.0, 2)])
+def test_guidance_costs_two_evaluations_a_step(pipe, guidance_scale, passes):
+    with Meter(pipe) as meter:
+        pipe(["a", "b", "c"], seed=0, num_inference_steps=4, guidance_scale=guidance_scale)
+    costs = meter.costs(3)
+    assert [cost["nfe"] for cost in costs] == [4 * passes] * 3
+    assert [cost["reward_calls"] for cost in costs] == [0, 0, 0]
+    assert costs[0]["seconds"] == pytest.approx(meter.seconds / 3, abs=1e-4)
+    assert costs[0]["peak_memory_mb"] > 50  # a process with torch in it
+
+
+def test_a_search_makes_a_generation_for_every_evaluation(pipe):
+    method = find_method("best-of-n")(load_reward("brightness", device="cpu"), evaluations=5)
+    with Meter(pipe) as meter:
+        output = pipe(["a", "b"], seed=0, num_inference_steps=2, guidance_scale=0.0, plugins=[method])
+    costs = meter.costs(2, [len(series) for series in output.trace.rewards["total"]])
+    assert [(cost["nfe"], cost["reward_calls"]) for cost in costs] == [(10, 5), (10, 5)]
+
+
+def test_samples_that_stopped_early_cost_less(pipe):
+    """Three generations of two steps, made for samples that saw 1 and 2 of them."""
+    with Meter(pipe) as meter:
+        pipe(["a", "b", "c"], seed=0, num_inference_steps=2, guidance_scale=0.0)
+    assert [cost["nfe"] for cost in meter.costs(2, [1, 2])] == [2, 4]
+
+
+def test_nothing_is_counted_before_or_after(pipe):
+    with Meter(pipe) as meter:
+        pass
+    pipe("a", seed=0, num_inference_steps=1, guidance_scale=0.0)
+    assert meter.network_evaluations == 0
+    assert not pipe.unet._forward_pre_hooks
