@@ -189,6 +189,17 @@ SPECS: dict[str, Spec] = {
         memory=17.5,
         dtype="bfloat16",
     ),
+    "image-sentiment": Spec(
+        name="image-sentiment",
+        target="reward_models.sentiment:ImageSentiment",
+        paper="Lee et al., Parrot (arXiv 2401.05675); Radford et al., CLIP (arXiv 2103.00020)",
+        licence="MIT",
+        range=(-5.0, 5.0),
+        unit="log-odds of pleasant over unpleasant emotions",
+        needs_prompt=False,
+        checkpoint={"model": "timm/vit_large_patch14_clip_224.openai"},
+        memory=1.22,
+    ),
     "http": Spec(
         name="http",
         target="reward_models.http_scorer:HTTPScorer",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
+from tests.reward_models import tiny_clips
 from tests.reward_models.plain_blip import PlainImageReward
 from tests.reward_models.tiny_tokenizers import bert_tokenizer, save_tokenizer, t5_tokenizer, write_qwen_tokenizer
 
@@ -313,6 +315,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "hpsv3": write_hpsv3,
     "vqascore": write_vqascore,
     "vlm-judge": write_judge,
+    "image-sentiment": functools.partial(tiny_clips.write_open_clip, seed=1, quick_gelu=True),
 }
 
 
