@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow lint format train-shapes clean
+.PHONY: help demo app test test-slow lint format train-shapes over-optimisation clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ format: $(VENV)/.diffalign-dev ## put the code into the project's format
 
 train-shapes: $(VENV)/.diffalign ## train the embedded models anew: hours, resumable; STAGES=... for some, TRAIN_ARGS="--device cuda"
 	$(BIN)/python -m diffalign.shapes.train $(STAGES) $(TRAIN_ARGS)
+
+over-optimisation: $(VENV)/.diffalign ## the table of docs/reward_mixing.md: half an hour on one core, resumable
+	$(BIN)/python scripts/over_optimisation.py --out outputs/over_optimisation
 
 clean: ## remove what builds, tests and demos leave behind; environments and training runs stay
 	rm -rf build dist outputs .pytest_cache .ruff_cache .import_linter_cache *.egg-info

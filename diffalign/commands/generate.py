@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import guidance, options
+from diffalign.commands import guidance, options, panels
 from diffalign.files import differing_settings, read_json, require_writable, whole_folder, write_json
 
 SLUG_LENGTH = 40
@@ -152,6 +152,7 @@ def plan(prompts: Sequence[str], args: argparse.Namespace, mix: dict[str, float]
         "guidance_scale": args.guidance_scale,
         "guidance": guidance.settings(args),
         "dtype": args.dtype,
+        **options.rule_settings(args),
     }
     return [Job(prompt, args.out / f"{i:05d}-{slug(prompt)}", {"prompt": prompt, **shared}) for i, prompt in enumerate(prompts)]
 
@@ -208,8 +209,10 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
                     **facts,
                     "method_settings": trace.pop("settings", {}),
                     **trace,
+                    **({"reward_mix": reward.settings()} if options.rule_settings(args) else {}),
                 }
                 record = options.finite_or_none(record)
+                record |= panels.of_sample(args, mix, record)
                 save(job, record, output, i)
                 tqdm.write(summary_line(job, record))
             bar.update((start + len(batch)) * (bar.total // len(jobs)) - bar.n)  # samples that stopped early count as done

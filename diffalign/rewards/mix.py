@@ -98,6 +98,11 @@ class RewardMix:
         """Native scores (parts or watched) as the rule sees them: calibrated and clipped. Without a calibration, as they are."""
         return {name: self._unit(name, values, prompts) for name, values in scores.items()}
 
+    def total(self, parts: Mapping[str, Scores], prompts: Sequence[str]) -> Scores:
+        """The total of native scores that were measured before, such as those of a trace; `parts` holds every member's."""
+        units = self.units({name: parts[name] for name in self.members}, prompts)
+        return self._combined(*self._prepared(torch.stack(list(units.values()), dim=1)))
+
     def settings(self) -> dict[str, Any]:
         """All that decides a total, calibration included, as plain JSON data. `hub.load_reward` takes these values back one by one."""
         return {
@@ -119,8 +124,7 @@ class RewardMix:
             if seen.requires_grad and self.calibration is not None:
                 # a score that is left out has weight 0, and 0 times its gradient would be NaN all the same
                 seen.register_hook(_keeping(parts[name].isfinite()))
-        values, weights, sound = self._prepared(torch.stack(list(self.units(parts, prompts).values()), dim=1))
-        return parts, self._total(values, weights, sound)
+        return parts, self.total(parts, prompts)
 
     def _with_combined_gradient(self, images: Images, prompts: Sequence[str]) -> tuple[dict[str, Scores], Scores]:
         """Parts without gradient, and a total whose gradient is the combined direction. One member's graph is alive at a time."""
@@ -140,7 +144,7 @@ class RewardMix:
         if self.calibration is not None:
             stacked = torch.where((weights != 0).unsqueeze(2), stacked, 0.0)
         direction = self.gradient(stacked, weights).view_as(images)
-        return parts, with_gradient(self._total(values, weights, sound), images, direction)
+        return parts, with_gradient(self._combined(values, weights, sound), images, direction)
 
     def _unit(self, name: str, scores: Scores, prompts: Sequence[str]) -> Scores:
         if self.calibration is None:
@@ -163,41 +167,48 @@ class RewardMix:
         )  # untouched where none is missing, to the bit
         return units.where(finite, 0.0), weights, sound
 
-    def _total(self, values: Tensor, weights: Tensor, sound: Tensor | None) -> Scores:
+    def _combined(self, values: Tensor, weights: Tensor, sound: Tensor | None) -> Scores:
         total = self.rule(values, weights, list(self.members))
         return total if sound is None else total.where(sound, math.nan)
 
     def _check_settings(self) -> None:
-        check_rule(self.rule, self.weights)
-        if self.gradient is not None:
-            check_gradient_rule(self.gradient, self.weights)
-            if not isinstance(self.rule, WeightedSum):
-                what = f"gradient {self.gradient.name!r} would replace the gradient of rule {self.rule.name!r}"
-                raise ValueError(f"{what}; take one of the two, the gradient rule with rule 'weighted'")
+        check_combination(self.weights, self.rule, self.gradient, self.calibration)
         strange = sorted(self.required - set(self.members))
         if strange:
             raise ValueError(f"required names {strange[0]!r}, which is no member; members are {', '.join(self.members)}")
         if self.calibration is None:
-            self._check_uncalibrated()
+            if self.clip is not None or self.required:
+                raise ValueError(
+                    f"{'clip' if self.clip is not None else 'required'} is about calibrated scores; give a calibration with it"
+                )
             return
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be above 0, got {self.clip}")
         for name, model in {**{name: model for name, (model, _) in self.members.items()}, **self.watched}.items():
             known = self.calibration.members.get(name)
-            if known is None and name in self.members:
-                raise ValueError(f"the calibration does not know the reward {name!r}; it knows {', '.join(self.calibration.members)}")
             if known is not None and known.spec not in ("", model.name):
                 raise ValueError(
                     f"the calibration of {name!r} was measured with the reward model {known.spec!r}, but {model.name!r} is given"
                 )
 
-    def _check_uncalibrated(self) -> None:
-        if self.rule.calibrated:
-            raise ValueError(
-                f"rule {self.rule.name!r} compares the members with one another, so it needs a calibration: in native units the one with "
-                "the lowest offset or the largest scale would decide alone. Make one with diffalign.rewards.calibrate or "
-                "`diffalign calibrate`; if the members do share a unit, say so with Calibration.identity(names)"
-            )
-        if self.clip is not None or self.required:
-            raise ValueError(f"{'clip' if self.clip is not None else 'required'} is about calibrated scores; give a calibration with it")
+
+def check_combination(weights: Mapping[str, float], rule: Rule, gradient: GradientRule | None, calibration: Calibration | None) -> None:
+    """Raises ValueError where these weights, rules and calibration do not go together; to be asked before models are loaded."""
+    check_rule(rule, weights)
+    if gradient is not None:
+        check_gradient_rule(gradient, weights)
+        if not isinstance(rule, WeightedSum):
+            what = f"gradient {gradient.name!r} would replace the gradient of rule {rule.name!r}"
+            raise ValueError(f"{what}; take one of the two, the gradient rule with rule 'weighted'")
+    if calibration is None and rule.calibrated:
+        raise ValueError(
+            f"rule {rule.name!r} compares the members with one another, so it needs a calibration: in native units the one with the lowest "
+            "offset or the largest scale would decide alone. Make one with diffalign.rewards.calibrate or `diffalign calibrate`; if the "
+            "members do share a unit, say so with Calibration.identity(names)"
+        )
+    missing = [] if calibration is None else [name for name in weights if name not in calibration.members]
+    if missing:
+        raise ValueError(f"the calibration does not know the reward {missing[0]!r}; it knows {', '.join(calibration.members)}")
 
 
 def _keeping(kept: Tensor) -> Any:

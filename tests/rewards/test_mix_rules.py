@@ -64,6 +64,7 @@ def test_the_rule_sees_calibrated_scores(images):
     z = torch.stack([(scores.parts["r"] - 0.3) / 0.1, (scores.parts["g"] - 12) / 4, (scores.parts["rb"] + 1) / 0.2], dim=1)
     torch.testing.assert_close(scores.total, uncertainty_weighted(z, torch.ones(4, 3), 0.7))
     torch.testing.assert_close(torch.stack(list(mix.units(scores.parts, PROMPTS).values()), 1), z)
+    assert torch.equal(mix.total({**scores.parts, "of another": scores.total}, PROMPTS), scores.total)
     torch.testing.assert_close(scores.parts["g"], Power(1, 3, 50.0)(images, PROMPTS))  # parts stay in their own units
 
 
