@@ -55,9 +55,7 @@ class HPSv3(RewardModel):
         )
         rows = self.backbone.config.text_config.vocab_size
         if rows != self.reward_token + 1:
-            raise ValueError(
-                f"{path} has {rows} tokens; it needs one more than the tokenizer of {sources['backbone']}, {self.reward_token}"
-            )
+            raise ValueError(f"{path} has {rows} tokens; there should be one more than the {self.reward_token} of {sources['backbone']}")
         self.instruction = read_instruction().partition(REWARD)[0]
         self.train(False)
 

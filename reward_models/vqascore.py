@@ -57,6 +57,7 @@ class VQAScore(RewardModel):
         tensors = rename(read_weights(path, None))
         self.t5, self.vision, self.projector = build(sources["model"].file("config.json"), tensors, path)
         self.tokenizer = read_plain_tokenizer(sources["tokenizer"])
+        self.special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
         before, answer = self.tokenizer.encode(SYSTEM).ids, self.tokenizer.encode(ANSWER).ids
         self.register_buffer("before", torch.tensor(before), persistent=False)
         self.register_buffer("answer", torch.tensor(answer), persistent=False)
@@ -67,6 +68,8 @@ class VQAScore(RewardModel):
         return [torch.tensor(self.tokenizer.encode(QUESTION.replace("{}", self._cut(prompt))).ids) for prompt in prompts]
 
     def _cut(self, prompt: str) -> str:
+        for token in self.special:  # T5's vocabulary holds its own special tokens, so that "</s>" in a prompt would be one
+            prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
         offsets = self.tokenizer.encode(prompt, add_special_tokens=False).offsets
         end = offsets[PROMPT_TOKENS - 1][1] if len(offsets) > PROMPT_TOKENS else len(prompt)
         report_cut(self.name, PROMPT_TOKENS, prompt[end:])
