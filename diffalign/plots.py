@@ -20,6 +20,8 @@ GREEN, RED = (26, 147, 84), (207, 52, 60)
 LINE_COLORS = ("#2563eb", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285", "#868e96")
 LEAST_VIEW = 256  # pixels; images with a smaller short side are enlarged to at least this for viewing
 BADGE_SUPERSAMPLING = 4
+MOST_BINS, LONE_BINS = 40, 31
+FEW_SCORES = 60  # shown one by one as well
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def grid(pairs: Sequence[Pair], columns: int = 3, side: int = 192) -> Image.Imag
 def rewards_plot(sample: Mapping[str, Any]) -> Image.Image:
     """Every reward of one sample over its evaluations, one panel each since their scales differ; the returned image is marked.
 
-    `sample` is what `Trace.sample(i)` gives: "rewards" maps a name to one score per evaluation, "best" is the returned evaluation.
+    `sample` is what `Trace.sample(i)` gives: "rewards" maps a name to one score per evaluation, "best" is the returned evaluation. Where
+    present, "settings" tells which rewards were only watched, and "panel" holds curves as `panel_plot` draws them, which come last.
     """
     # Imported here, and without pyplot: it is slow to import, and only its figures, not its global state, are wanted.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -92,21 +95,114 @@ def rewards_plot(sample: Mapping[str, Any]) -> Image.Image:
 
     rewards: Mapping[str, Sequence[float]] = sample["rewards"]
     names = sorted(rewards, key=lambda name: name != "total")  # the optimised sum first
-    figure = Figure(figsize=(6.4, 0.7 + 1.5 * len(names)), dpi=110, layout="constrained")
+    watched = sample.get("settings", {}).get("watch") or ()
+    rows = len(names) + ("panel" in sample)
+    figure = Figure(figsize=(6.4, 0.7 + 1.5 * rows), dpi=110, layout="constrained")
     for i, name in enumerate(names):
-        axes = figure.add_subplot(len(names), 1, i + 1)
+        axes = figure.add_subplot(rows, 1, i + 1)
         scores = [math.nan if score is None else score for score in rewards[name]]
         axes.plot(scores, color=LINE_COLORS[i % len(LINE_COLORS)], linewidth=1.6, marker=".", markersize=4)
         axes.plot([sample["best"]], [scores[sample["best"]]], "o", markersize=8, markerfacecolor="none", markeredgecolor="#212529")
-        axes.set_ylabel(name, parse_math=False, fontsize=9)
+        axes.set_ylabel(f"{name}\n(watched)" if name in watched else name, parse_math=False, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.tick_params(labelsize=8, labelbottom=i == len(names) - 1)
+        axes.tick_params(labelsize=8, labelbottom=i == rows - 1)
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
+    if "panel" in sample:
+        axes = figure.add_subplot(rows, 1, rows)
+        _draw_panel(axes, sample["panel"])
+        axes.set_ylabel("gain of the best\n(std. deviations)", fontsize=9)
     axes.set_xlabel("evaluation (0 is the image before; the ring is the image returned)", fontsize=9)
+    return _drawn(figure, FigureCanvasAgg)
+
+
+def panel_plot(panels: Mapping[str, Mapping[str, Any]], columns: int = 3) -> Image.Image:
+    """Gains of the optimised and of each watched reward over evaluations, one panel for each name; the gap between them is shaded.
+
+    panels: name -> "optimised", "watched" (name -> series), "gap" and "verdict", as `diffalign.rewards.panel.Panel.to_json` gives them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * rows), dpi=110, layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, (name, curves) in zip(grid.flat, panels.items(), strict=False):
+        _draw_panel(axes, curves)
+        axes.set_title(name, fontsize=10, parse_math=False)
+        axes.set_xlabel("evaluation", fontsize=9)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("gain over the first image (std. deviations)", fontsize=9)
+    return _drawn(figure, FigureCanvasAgg)
+
+
+def _draw_panel(axes: Any, curves: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    optimised = curves["optimised"]
+    held_out = [top - gap for top, gap in zip(optimised, curves["gap"], strict=True)]
+    axes.fill_between(range(len(optimised)), held_out, optimised, color="#868e96", alpha=0.15, linewidth=0)
+    axes.plot(optimised, color="#212529", linewidth=2, label="optimised")
+    for i, (name, series) in enumerate(curves["watched"].items()):
+        axes.plot(series, color=LINE_COLORS[i % len(LINE_COLORS)], linewidth=1.4, linestyle="--", label=f"{name} (watched)")
+    axes.axhline(0, color="#212529", linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7, frameon=False, loc="upper left")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def distributions(scores: Mapping[str, Sequence[float]], units: Mapping[str, str]) -> Image.Image:
+    """A histogram of every reward's scores, one panel each since their scales differ; median and quartiles marked, few scores each.
+
+    scores: reward -> finite scores, of any number, also none. units: reward -> what its axis counts.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6.8, 1.95 * max(len(scores), 1)), dpi=110, layout="constrained")
+    for i, (name, values) in enumerate(scores.items()):
+        axes = figure.add_subplot(len(scores), 1, i + 1)
+        if values:
+            low, lower, middle, upper, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()
+            bins = min(max(round(math.sqrt(len(values))), MOST_BINS // 4), MOST_BINS)
+            margin = 0.0 if high > low else max(abs(low) * 0.01, 1e-6)  # all alike: one bar in the middle
+            axes.hist(values, bins=bins if high > low else LONE_BINS, range=(low - margin, high + margin), color=LINE_COLORS[0], alpha=0.35)
+            if len(values) <= FEW_SCORES:
+                axes.plot(values, [0.0] * len(values), "|", color=LINE_COLORS[0], markersize=12, clip_on=False)
+            axes.axvspan(lower, upper, color="#212529", alpha=0.08, linewidth=0)
+            axes.axvline(middle, color="#212529", linewidth=1.4)
+            axes.set_title(f"median {middle:.4g}, n {len(values)}", loc="right", fontsize=8, color="#6c757d", parse_math=False)
+            axes.ticklabel_format(axis="x", useOffset=False)
+        else:
+            axes.text(0.5, 0.5, "no scores", transform=axes.transAxes, ha="center", va="center", fontsize=9, color="#6c757d")
+            axes.set_xticks([])
+        axes.set_title(_cut(name, 60), loc="left", fontsize=9, parse_math=False)
+        axes.set_ylabel("images", fontsize=8)
+        axes.set_xlabel(_cut(units[name], 100), fontsize=8, parse_math=False)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return _drawn(figure, FigureCanvasAgg)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3].rstrip() + "..."
+
+
+def _drawn(figure: Any, canvas: Any) -> Image.Image:
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    canvas(figure).print_png(buffer)
     buffer.seek(0)
     return Image.open(buffer).convert("RGB")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.plots import GREEN, RED, Pair, enlarge, grid, rewards_plot, strip
+from diffalign.plots import GREEN, RED, Pair, distributions, enlarge, grid, panel_plot, rewards_plot, strip
 
 
 def plain(color, size=(64, 64)):
@@ -53,3 +53,27 @@ def test_rewards_plot_has_a_panel_for_each_reward_and_bears_gaps():
     assert one.width == three.width
     assert three.height > 2 * one.height
     assert near(one, (0x25, 0x63, 0xEB)) > 100
+
+
+def test_panel_plot_has_a_panel_for_each_method_and_rewards_plot_one_more():
+    curves = {"optimised": [0, 1.0, 2.0], "watched": {"a_$x^2": [0, 0.5, 0.1]}, "gap": [0, 0.5, 1.9], "verdict": ""}
+    one, two, four = (panel_plot({str(i): curves for i in range(n)}) for n in (1, 2, 4))
+    assert two.width > 1.7 * one.width
+    assert two.height == one.height
+    assert four.height > 1.7 * one.height
+    sample = {"rewards": {"total": [1.0, 2.0, 3.0]}, "best": 2}
+    assert rewards_plot({**sample, "panel": curves}).height > rewards_plot(sample).height
+
+
+def test_distributions_has_a_panel_for_each_reward_and_bears_any_scores():
+    scores = {"many": [i / 7 for i in range(500)], "one": [0.25], "alike": [3.0] * 40, "zero": [0.0] * 3, "none": [], "$x_{": [-1e-9, 1e-9]}
+    whole = distributions(scores, dict.fromkeys(scores, "a unit, " * 40))
+    single = distributions({"many": scores["many"]}, {"many": "unit"})
+    assert whole.width == single.width
+    assert whole.height == pytest.approx(6 * single.height, rel=0.02)
+    bar = (0xB3, 0xC8, 0xF8)  # 35 % of the first line's blue on white
+    panels = [whole.crop((0, i * single.height, whole.width, (i + 1) * single.height)) for i in range(6)]
+    areas = [near(panel, bar) for panel in panels]
+    assert areas[4] == 0
+    assert min(areas[0], areas[5]) > 4 * max(areas[1:4])  # what is all alike is one narrow bar
+    assert min(areas[1:4]) > 100

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import compare, config, judging, lora, options
+from diffalign.commands import compare, config, judging, lora, options, panels
 from diffalign.commands.generate import Interrupted
 from diffalign.commands.kinds import KINDS
 from diffalign.files import read_json, require_writable
@@ -242,7 +242,9 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
         **machine,
         "optimised": list(mix),
         **judging.summed_up(kind, benchmark, judged),
+        **panels.of_methods(args, mix, {name: result.traces for name, result in judged.items()}),
     }
+    panels.draw(args.out, summary)
     if left_out:
         summary["partial"] = list(left_out.values())
     split = f"{args.split} split, " if args.split else ""
