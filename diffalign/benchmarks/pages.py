@@ -6,6 +6,7 @@ Images are linked by their path, so a page belongs beside the images that it sho
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -18,12 +19,13 @@ th, td { border-bottom: 1px solid #dee2e6; padding: .35rem .7rem; text-align: le
 td { font-variant-numeric: tabular-nums }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1rem }
 figure { margin: 0 } img { width: 100%; height: auto } figcaption { font-size: 13px; overflow-wrap: anywhere }
+img.plot { width: auto; max-width: 100% }
 .reason { color: #a61e4d; white-space: pre-line }
 """
 
 
 def report_page(markdown: str, title: str) -> str:
-    """A report's Markdown (headings, tables and lists, as `report.markdown` writes it) as a page."""
+    """A report's Markdown (headings, tables, lists and plots, as `report.markdown` writes it) as a page."""
     blocks = []
     for block in markdown.strip().split("\n\n"):
         lines = block.splitlines()
@@ -31,6 +33,8 @@ def report_page(markdown: str, title: str) -> str:
             blocks.append(f"<h2>{html.escape(block[3:])}</h2>")
         elif block.startswith("| "):
             blocks.append(_table(lines))
+        elif match := re.fullmatch(r"!\[(.*)\]\((.*)\)", block):
+            blocks.append(f'<img class="plot" src="{html.escape(quote(match[2]))}" alt="{html.escape(match[1])}">')
         elif block.startswith("- "):
             blocks.append("<ul>" + "".join(f"<li>{html.escape(line[2:])}</li>" for line in lines) + "</ul>")
         else:

@@ -37,7 +37,7 @@ def summarise(judged: Mapping[str, Judged], baseline: str = "none", measure: str
         values, prompts, tasks = columns(result.rows, measure)
         rewards = result.traces[0]["rewards"]
         methods[name] = {
-            "overall": asdict(overall_estimate(values, prompts, _strata(tasks, pooled))),
+            "overall": asdict(overall_estimate(values, prompts, strata(tasks, pooled))),
             "tasks": estimates(result.rows, measure),
             "rewards": {reward: _before_and_after(result.traces, reward) for reward in rewards},
             "seconds_per_image": _mean([trace["seconds"] for trace in result.traces if trace.get("seconds") is not None]),
@@ -52,7 +52,7 @@ def summarise(judged: Mapping[str, Judged], baseline: str = "none", measure: str
                 raise ValueError(f"{name} and {baseline} were not judged on the same images, so they cannot be compared in pairs")
             values, _, _ = columns(result.rows, measure)
             paired[name] = {
-                "overall": asdict(paired_difference(values, base, prompts, _strata(tasks, pooled))),
+                "overall": asdict(paired_difference(values, base, prompts, strata(tasks, pooled))),
                 "tasks": {t: asdict(d) for t, d in paired_task_differences(values, base, prompts, tasks).items()},
             }
     return {"methods": methods, "paired": {"baseline": baseline, "differences": paired}}
@@ -81,7 +81,7 @@ def columns(rows: Sequence[Mapping[str, Any]], measure: str | None = None) -> tu
     return [value(r, measure) for r in rows], [r.get("index", r["prompt"]) for r in rows], [r["tag"] for r in rows]
 
 
-def _strata(tasks: Sequence[str], pooled: bool) -> list[str]:
+def strata(tasks: Sequence[str], pooled: bool) -> list[str]:
     return ["all"] * len(tasks) if pooled else list(tasks)
 
 

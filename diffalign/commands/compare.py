@@ -1,6 +1,8 @@
-"""`diffalign bench compare RUN_A RUN_B`: two judged runs image by image, with intervals, a paired test and Holm's correction over tasks.
+"""`diffalign bench compare RUN_A RUN_B ...`: judged runs image by image, with intervals, paired tests, and what each gain cost.
 
-A run is the folder of one method, holding results.jsonl. Both must be of one benchmark, judged in the same way, on the same images.
+A run is the folder of one method, holding results.jsonl. All must be of one benchmark, judged in the same way, on the same images. Two runs
+are compared task by task, with Holm's correction over the tasks; more against the first and, where methods cost the same, with one
+another, with Holm's correction over those tests. Scores against costs are drawn as curves.
 """
 
 # ruff: noqa: T201  (a command speaks to its user)
@@ -13,85 +15,216 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffalign.files import read_json, write_json, write_text
+from diffalign.files import read_json, require_writable, whole_file, write_json, write_text
 
-MUST_AGREE = ("benchmark", "split", "prompt lists", "samples", "scorer", "scorers", "limits")
+MUST_AGREE = ("benchmark", "split", "prompt list", "prompt lists", "samples", "scorer", "scorers", "limits")
 SAME_NOISES = ("pipeline", "seed")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; writes compare.json and compare.md to --out where it is given."""
-    if len(args.runs) != 2:
-        raise ValueError(f"compare takes two runs: diffalign bench compare RUN_A RUN_B; got {len(args.runs)}")
-    a, b = args.runs
-    result = compare(Path(a), Path(b), args.allow_missing)
-    text = markdown(result)
-    print(text, end="")
+    """Prints the tables; writes compare.json, compare.md, compare.html and curves to --out where it is given."""
+    if len(args.runs) < 2:
+        raise ValueError(f"compare takes two or more runs: diffalign bench compare RUN_A RUN_B ...; got {len(args.runs)}")
+    folders = [Path(text) for text in args.runs]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("compare was given a run twice")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+        require_writable(args.out)
+    result = compare_all(folders, args.allow_missing)
+    plots = draw(result, args.out) if args.out else {}
+    print(markdown(result), end="")
+    if args.out:
+        from diffalign.benchmarks.pages import report_page
+
+        text = markdown(result, plots)
         write_json(args.out / "compare.json", result)
         write_text(args.out / "compare.md", text)
+        write_text(args.out / "compare.html", report_page(text, "Comparison"))
+        print(f"\ncompare.json, compare.md, compare.html{' and curves' if plots else ''} are in {args.out}")
     return 0
 
 
-def compare(a: Path, b: Path, allow_missing: bool = False) -> dict[str, Any]:
-    """How much B's scores exceed A's. Raises ValueError where the runs cannot be compared, naming what differs."""
-    from diffalign.benchmarks.report import estimates
-    from diffalign.benchmarks.statistics import discordance, overall_estimate, paired_difference, paired_task_differences
+def compare_all(folders: Sequence[Path], allow_missing: bool = False) -> dict[str, Any]:
+    """The comparison as plain JSON data, measure by measure. Raises ValueError where runs cannot be compared, naming what differs."""
+    from diffalign.benchmarks.report import measures
 
-    rows = {name: {row["filename"]: row for row in _rows(folder)} for name, folder in (("A", a), ("B", b))}
-    notes = _check(a, b)
-    shared = [name for name in rows["A"] if name in rows["B"]]
-    alone = (len(rows["A"]) - len(shared)) + (len(rows["B"]) - len(shared))
-    if alone and not allow_missing:
-        what = f"{alone} images are in one run only"
-        raise ValueError(f"{what}; judge the same in both, or --allow-missing to compare the {len(shared)} that both have")
-    if not shared:
-        raise ValueError(f"{a} and {b} have no image in common, so nothing can be compared")
-    if alone:
-        notes.append(f"partial: {alone} images are in one run only and were left out")
-    of_a, of_b = [rows["A"][name] for name in shared], [rows["B"][name] for name in shared]
-    if [row["prompt"] for row in of_a] != [row["prompt"] for row in of_b]:
-        raise ValueError(f"{a} and {b} have images of the same names for other prompts; they are not of the same benchmark")
-    x, y = _values(of_a), _values(of_b)
-    prompts, tasks = [row["prompt"] for row in of_a], [row["tag"] for row in of_a]
+    rows, facts = [_rows(folder) for folder in folders], [_facts(folder) for folder in folders]
+    kept, notes = _shared(folders, rows, facts, allow_missing)
+    common = [measure for measure in measures(kept[0]) if all(measure in measures(of_run) for of_run in kept)]
+    if not common:
+        raise ValueError(f"{folders[0]} and the others have no measure in common; it has {', '.join(map(str, measures(kept[0])))}")
+    result: dict[str, Any] = {"runs": list(map(str, folders)), "images": len(kept[0]), "notes": notes, "measures": {}}
+    for measure in common:
+        key = measure or ("accuracy" if "correct" in kept[0][0] else "score")
+        found = _pair(kept[0], kept[1], measure) if len(folders) == 2 else {}
+        result["measures"][key] = {**found, **_curve(folders, kept, facts, measure)}
+    return result
+
+
+def compare(a: Path, b: Path, allow_missing: bool = False) -> dict[str, Any]:
+    """How much B's scores exceed A's, of the first measure."""
+    result = compare_all([a, b], allow_missing)
+    return {**result, **next(iter(result["measures"].values()))}
+
+
+def _pair(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], measure: str | None) -> dict[str, Any]:
+    """Two runs task by task."""
+    from diffalign.benchmarks.report import columns, estimates
+    from diffalign.benchmarks.statistics import discordance, paired_task_differences
+
+    x, prompts, tasks = columns(a, measure)
+    y, _, _ = columns(b, measure)
     result = {
-        "runs": {"A": str(a), "B": str(b)},
-        "images": len(shared),
-        "A": {"overall": asdict(overall_estimate(x, prompts, tasks)), "tasks": estimates(of_a)},
-        "B": {"overall": asdict(overall_estimate(y, prompts, tasks)), "tasks": estimates(of_b)},
+        "A": {"overall": _overall(a, measure), "tasks": estimates(a, measure)},
+        "B": {"overall": _overall(b, measure), "tasks": estimates(b, measure)},
         "difference": {
-            "overall": asdict(paired_difference(y, x, prompts, tasks)),
+            "overall": _difference(b, a, measure),
             "tasks": {task: asdict(found) for task, found in paired_task_differences(y, x, prompts, tasks).items()},
         },
-        "notes": notes,
     }
-    if "correct" in of_a[0]:
+    if "correct" in a[0]:
         result["discordant"] = asdict(discordance(y, x))
     return result
 
 
-def markdown(result: Mapping[str, Any]) -> str:
-    """The comparison as a table, overall first."""
+def _curve(folders: Sequence[Path], rows: Sequence[Any], facts: Sequence[Mapping[str, Any]], measure: str | None) -> dict[str, Any]:
+    """Every run as a point of score and cost; of more than two, what each gains over the first, and over others at equal cost."""
+    from diffalign.benchmarks.curves import Point, equal_pairs
+    from diffalign.benchmarks.statistics import holm
+
+    names = _lines(facts, folders)
+    points = [
+        Point(str(folder), name, _overall(of_run, measure), _cost(folder))
+        for folder, name, of_run in zip(folders, names, rows, strict=True)
+    ]
+    result: dict[str, Any] = {"points": [point.to_json() for point in points]}
+    if len(folders) > 2:
+        tests = [(0, j) for j in range(1, len(folders))]
+        tests += [pair for pair in equal_pairs(points) if pair not in tests]
+        differences = [{"from": i, "to": j, **_difference(rows[j], rows[i], measure)} for i, j in tests]
+        corrected = holm({str(n): each["p_value"] for n, each in enumerate(differences)})
+        result["differences"] = [{**each, "p_holm": corrected[str(n)]} for n, each in enumerate(differences)]
+    return result
+
+
+def _lines(facts: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> list[str]:
+    """Each run's method, with what else tells the runs apart: pipeline and tuned weights."""
+    differing = [name for name in ("pipeline", "lora") if len({str(each.get(name)) for each in facts}) > 1]
+    return [
+        " ".join([each.get("method", folder.name), *(Path(str(each[name])).name for name in differing if each.get(name))])
+        for each, folder in zip(facts, folders, strict=True)
+    ]
+
+
+def _cost(folder: Path) -> dict[str, float | None]:
+    from diffalign.benchmarks.report import mean_cost, read_rows
+
+    path = folder / "units.jsonl"
+    return mean_cost(read_rows(path) if path.is_file() else [])
+
+
+def _overall(rows: Sequence[Mapping[str, Any]], measure: str | None) -> dict[str, Any]:
+    from diffalign.benchmarks.report import columns, strata
+    from diffalign.benchmarks.statistics import overall_estimate
+
+    values, prompts, tasks = columns(rows, measure)
+    return asdict(overall_estimate(values, prompts, strata(tasks, pooled=measure is not None)))
+
+
+def _difference(to: Sequence[Mapping[str, Any]], of: Sequence[Mapping[str, Any]], measure: str | None) -> dict[str, Any]:
+    from diffalign.benchmarks.report import columns, strata
+    from diffalign.benchmarks.statistics import paired_difference
+
+    (y, prompts, tasks), (x, _, _) = columns(to, measure), columns(of, measure)
+    return asdict(paired_difference(y, x, prompts, strata(tasks, pooled=measure is not None)))
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(result: Mapping[str, Any], plots: Mapping[str, str] | None = None) -> str:
+    """The comparison as tables. plots: measure -> the file its curve is in."""
+    parts = []
+    for name, found in result["measures"].items():
+        parts += [f"## {name}", _pair_table(found)] if "difference" in found else [f"## {name}"]
+        parts.append(_points_table(found["points"]))
+        if "differences" in found:
+            parts.append(_differences_table(found))
+        if plots and name in plots:
+            parts.append(f"![{name} against cost]({plots[name]})")
+    return "\n\n".join([*parts, "\n".join(_facts_lines(result))]) + "\n"
+
+
+def _facts_lines(result: Mapping[str, Any]) -> list[str]:
+    lines = [f"- {_letter(i)}: {folder}" for i, folder in enumerate(result["runs"])]
+    first = next(iter(result["measures"].values()))
+    prompts = first["points"][0]["score"]["prompts"]
+    lines.append(f"- {result['images']} images of {prompts} prompts; 95 % intervals, the differences' by resampling prompts")
+    if "discordant" in first:
+        found = first["discordant"]
+        only = f"right in B only {found['gained']}, in A only {found['lost']}"
+        lines.append(f"- {only}; exact McNemar p = {found['p_value']:.2g} (descriptive: takes images of a prompt as independent)")
+    return lines + [f"- {note}" for note in result["notes"]]
+
+
+def _pair_table(found: Mapping[str, Any]) -> str:
     from diffalign.benchmarks.report import interval, table
 
     lines = []
-    names = ["overall", *result["difference"]["tasks"]]
-    for name in names:
-        parts = {key: result[key]["overall"] if name == "overall" else result[key]["tasks"][name] for key in ("A", "B", "difference")}
+    tasks = list(found["difference"]["tasks"])
+    for name in ["overall", *(tasks if len(tasks) > 1 else [])]:
+        parts = {key: found[key]["overall"] if name == "overall" else found[key]["tasks"][name] for key in ("A", "B", "difference")}
         gain = parts["difference"]
         corrected = "" if gain["p_holm"] is None else f"{gain['p_holm']:.2g}"
         lines.append([name, interval(parts["A"]), interval(parts["B"]), interval(gain, "+"), f"{gain['p_value']:.2g}", corrected])
-    head = ["task", "A", "B", "B - A", "p (sign flips)", "p (Holm)"]
-    facts = [f"- {key}: {folder}" for key, folder in result["runs"].items()]
-    prompts = result["difference"]["overall"]["prompts"]
-    facts += [f"- {result['images']} images of {prompts} prompts; 95 % intervals, the differences' by resampling prompts"]
-    if "discordant" in result:
-        found = result["discordant"]
-        only = f"right in B only {found['gained']}, in A only {found['lost']}"
-        facts.append(f"- {only}; exact McNemar p = {found['p_value']:.2g} (descriptive: takes images of a prompt as independent)")
-    facts += [f"- {note}" for note in result["notes"]]
-    return table(head, lines) + "\n\n" + "\n".join(facts) + "\n"
+    return table(["task", "A", "B", "B - A", "p (sign flips)", "p (Holm)"], lines)
+
+
+def _points_table(points: Sequence[Mapping[str, Any]]) -> str:
+    from diffalign.benchmarks.report import COSTS, cost_cells, interval, table
+
+    lines = [[f"{_letter(i)}: {point['line']}", interval(point["score"]), *cost_cells(point["cost"])] for i, point in enumerate(points)]
+    return table(["run", "overall", *COSTS.values()], lines)
+
+
+def _differences_table(found: Mapping[str, Any]) -> str:
+    from diffalign.benchmarks.report import interval, table
+
+    names = [f"{_letter(i)}: {point['line']}" for i, point in enumerate(found["points"])]
+    lines = [
+        [
+            f"{names[each['to']]} - {names[each['from']]}",
+            "" if each["from"] == 0 else "equal cost",
+            interval(each, "+"),
+            f"{each['p_value']:.2g}",
+            f"{each['p_holm']:.2g}",
+        ]
+        for each in found["differences"]
+    ]
+    return table(["difference", "", "overall", "p (sign flips)", "p (Holm)"], lines)
+
+
+def _letter(i: int) -> str:
+    """A, B, ..., Z, run 27, ..."""
+    return chr(ord("A") + i) if i < 26 else f"run {i + 1}"
+
+
+def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """A curve of each measure for which costs are known, as PNG. Measure -> file name."""
+    from diffalign.benchmarks.curves import Point, plot
+
+    files = {}
+    for number, (name, found) in enumerate(result["measures"].items()):
+        picture = plot([Point(**point) for point in found["points"]], name)
+        if picture is None:
+            continue
+        files[name] = "curve.png" if number == 0 else f"curve-{number}.png"
+        with whole_file(folder / files[name]) as temporary:
+            picture.save(temporary, format="PNG")
+    return files
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------------------
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -100,24 +233,57 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / "results.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a judged run: it has no results.jsonl; give the folder of one method, such as RUN/none")
-    return read_rows(path)
+    rows = read_rows(path)
+    wrong = next((n for n, row in enumerate(rows, 1) if not {"filename", "prompt", "tag"} <= row.keys()), None)
+    if wrong:
+        raise ValueError(f"{path} row {wrong} lacks filename, prompt or tag; it is not what `diffalign bench` writes")
+    if not rows or len({row["filename"] for row in rows}) < len(rows):
+        raise ValueError(f"{path} {'names an image twice' if rows else 'is empty'}; judge the run again")
+    return rows
 
 
-def _check(a: Path, b: Path) -> list[str]:
-    """Notes on what weakens the comparison. Raises ValueError where the runs were judged in different ways."""
-    facts = []
-    for folder in (a, b):
-        files = [folder / "settings.json", folder / "protocol.json"]
-        facts.append({name: value for file in files if file.is_file() for name, value in read_json(file).items()})
-    one, two = facts
-    for name in MUST_AGREE:
-        if name in one and name in two and one[name] != two[name]:
-            raise ValueError(f"the runs cannot be compared: their {name} differ ({one[name]!r} and {two[name]!r})")
-    different = [name for name in SAME_NOISES if name in one and name in two and one[name] != two[name]]
-    return [f"the runs differ in {' and '.join(different)}, so only prompts are paired, not noises"] if different else []
+def _facts(folder: Path) -> dict[str, Any]:
+    files = [folder / "settings.json", folder / "protocol.json"]
+    return {name: value for file in files if file.is_file() for name, value in read_json(file).items()}
 
 
-def _values(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    from diffalign.benchmarks.report import value
+def _both(one: Any, two: Any) -> tuple[Any, Any]:
+    """Facts to compare: of two mappings what they both know, since a run may have been judged by more scorers than another."""
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        shared = one.keys() & two.keys()
+        return {name: one[name] for name in shared}, {name: two[name] for name in shared}
+    return one, two
 
-    return [value(row) for row in rows]
+
+def _shared(
+    folders: Sequence[Path], rows: Sequence[Sequence[Mapping[str, Any]]], facts: Sequence[Mapping[str, Any]], allow_missing: bool
+) -> tuple[list[list[Any]], list[str]]:
+    """The rows of the images that all runs have, in the first run's order, and notes on what weakens the comparison.
+
+    Raises ValueError where runs were judged in different ways, or are not of the same images.
+    """
+    for other in facts[1:]:
+        for name in MUST_AGREE:
+            one, two = _both(facts[0].get(name), other.get(name))
+            if None not in (one, two) and one != two:
+                raise ValueError(f"the runs cannot be compared: their {name} differ ({one!r} and {two!r})")
+    different = [name for name in SAME_NOISES if len({str(each[name]) for each in facts if name in each}) > 1]
+    notes = [f"the runs differ in {' and '.join(different)}, so only prompts are paired, not noises"] if different else []
+    named = [{row["filename"]: row for row in of_run} for of_run in rows]
+    shared = [name for name in named[0] if all(name in other for other in named[1:])]
+    alone = len(set().union(*named)) - len(shared)
+    which = "one run" if len(folders) == 2 else "some runs"
+    if alone and not allow_missing:
+        what = f"{alone} images are in {which} only"
+        raise ValueError(f"{what}; judge the same in all, or --allow-missing to compare the {len(shared)} that all have")
+    if not shared:
+        raise ValueError(f"{folders[0]} and {folders[1]} have no image in common, so nothing can be compared")
+    if alone:
+        notes.append(f"partial: {alone} images are in {which} only and were left out")
+    kept = [[of_run[name] for name in shared] for of_run in named]
+    for folder, of_run in zip(folders[1:], kept[1:], strict=True):
+        if [row["prompt"] for row in kept[0]] != [row["prompt"] for row in of_run]:
+            raise ValueError(
+                f"{folders[0]} and {folder} have images of the same names for other prompts; they are not of the same benchmark"
+            )
+    return kept, notes
