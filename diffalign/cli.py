@@ -1,4 +1,4 @@
-"""The command line: `diffalign generate | bench | train | demo`.
+"""The command line: `diffalign generate | bench | train | score | rewards | demo`.
 
 Arguments are read and checked before torch or diffusers is imported, so --help and a mistyped name answer at once. Exit codes: 0 done,
 1 failed with one sentence, 2 wrong arguments, 130 interrupted.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from diffalign import __version__
-from diffalign.commands import bench, config, generate, options, train
+from diffalign.commands import bench, calibrate, config, generate, options, rewards, score, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(subparsers)
     bench.add_parser(subparsers)
     train.add_parser(subparsers)
+    score.add_parser(subparsers)
+    rewards.add_parser(subparsers)
+    calibrate.add_parser(subparsers)
     demo = subparsers.add_parser("demo", help="open the app in a browser", allow_abbrev=False)
     demo.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: %(default)s)")
     demo.add_argument("--port", type=options.port, metavar="N", help="port (default: the first free one from 7860)")

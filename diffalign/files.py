@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,46 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} does not hold valid JSON ({error}); delete it and run again") from error
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Sequence[Any]], None]]:
+    """Yields a function that adds JSON lines and waits until they are on the disk: all lines of a call, or none where it raises.
+
+    What a killed process left unfinished at the end is removed first. Raises OSError naming the file, as on a full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+
+        def append(lines: Sequence[Any]) -> None:
+            nonlocal whole
+            data = memoryview("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+            try:
+                left = data
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except BaseException as error:
+                file.truncate(whole)
+                if isinstance(error, OSError):
+                    raise OSError(error.errno, error.strerror, str(path)) from error
+                raise
+            whole += len(data)
+
+        yield append
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The whole JSON lines of a file, none where there is no file. Raises ValueError naming the file where one is damaged."""
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]  # what follows the last line end is unfinished
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not valid JSON ({error}); delete it and run again") from error
 
 
 def require_writable(folder: Path) -> None:

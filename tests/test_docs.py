@@ -41,6 +41,14 @@ def test_the_tour_of_the_shapes_world_runs():
     assert scope["image"].shape == (64, 64, 3)
 
 
+def test_an_image_is_scored_as_the_page_on_scoring_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (block,) = code("docs/score.md")
+    scope: dict = {}
+    exec(compile(block, "docs/score.md", "exec"), scope)
+    assert 0 < scope["scores"].item() < 1
+
+
 class Nearness:
     """A reward with no gradient: minus the distance of an image's mean from its prompt, read as a number."""
 
