@@ -15,6 +15,7 @@ from diffalign.benchmarks.geneval import GenEvalScorer
 from diffalign.benchmarks.geneval_colors import ClipColors
 from diffalign.benchmarks.geneval_prompts import OBJECTS
 from diffalign.benchmarks.mask2former import Mask2FormerDetector
+from diffalign.benchmarks.pretrained import load_model, load_part
 
 OFFICIAL = "743b7d99"
 OFFICIAL_URL = (
@@ -47,21 +48,13 @@ def load_detector(source: str, device: str = "cpu") -> Mask2FormerDetector:
         version = f"GenEval (Mask2Former mmdet {digest})" if digest == OFFICIAL else f"GenEval with the detector {digest}"
     else:
         name = HUB_DETECTOR if source == "hf" else source
-        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(name, output_loading_info=True)
-        missing = [key for key in info["missing_keys"] if "swin.layernorm" not in key and "empty_weight" not in key]
-        if missing:
-            raise ValueError(f"{name} lacks {len(missing)} of the detector's tensors, such as {missing[0]}")
+        model = load_model(Mask2FormerForUniversalSegmentation, name, unused=lambda key: "swin.layernorm" in key or "empty_weight" in key)
         version = f"GenEval-HF (Mask2Former {name})"
-    # In float32, as upstream: at half precision scores move across the thresholds.
     return Mask2FormerDetector(model.to(device, torch.float32), OBJECTS, version)
 
 
 def load_colors(source: str = HUB_CLIP, device: str = "cpu") -> ClipColors:
-    """CLIP from the hub or a folder. Raises ValueError where tensors are missing."""
+    """CLIP from the hub or a folder. Raises ValueError where tensors are missing, OSError where it cannot be had."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    model, info = CLIPModel.from_pretrained(source, output_loading_info=True)
-    missing = [key for key in info["missing_keys"] if "position_ids" not in key]
-    if missing:
-        raise ValueError(f"{source} lacks {len(missing)} of CLIP's tensors, such as {missing[0]}")
-    return ClipColors(model.to(device, torch.float32), CLIPTokenizer.from_pretrained(source), f"CLIP {source}")
+    return ClipColors(load_model(CLIPModel, source, device), load_part(CLIPTokenizer, source), f"CLIP {source}")

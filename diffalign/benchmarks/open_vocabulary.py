@@ -21,6 +21,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffalign.benchmarks.pretrained import load_model, load_part
 from diffalign.benchmarks.scoring import Pixels
 from diffalign.benchmarks.t2i_detections import Labelled, best_first, overlap, to_frame
 
@@ -137,11 +138,8 @@ def load_detector(source: str, device: str = "cpu") -> Owlv2 | GroundingDino:
 
     name = {"owlv2": HUB_OWLV2, "grounding-dino": HUB_GROUNDING_DINO}.get(source, source)
     kinds = {"owlv2": Owlv2, "grounding-dino": GroundingDino}
-    kind = AutoConfig.from_pretrained(name).model_type
+    kind = load_part(AutoConfig, name).model_type
     if kind not in kinds:
         raise ValueError(f"the open-vocabulary detector must be an OWLv2 or a Grounding DINO; {name} is a {kind}")
-    model, info = AutoModelForZeroShotObjectDetection.from_pretrained(name, output_loading_info=True)
-    missing = [key for key in info["missing_keys"] if "position_ids" not in key]
-    if missing:
-        raise ValueError(f"{name} lacks {len(missing)} of the detector's tensors, such as {sorted(missing)[0]}")
-    return kinds[kind](model.to(device, torch.float32), AutoProcessor.from_pretrained(name), f"open-vocabulary detector {name}")
+    model = load_model(AutoModelForZeroShotObjectDetection, name, device)
+    return kinds[kind](model, load_part(AutoProcessor, name), f"open-vocabulary detector {name}")

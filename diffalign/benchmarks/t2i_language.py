@@ -102,7 +102,7 @@ def questions(phrases: Sequence[str]) -> list[str]:
 
 
 def clean(question: str) -> str:
-    """Lower case, some punctuation made blank, single blanks, at most 50 words."""
+    """Lower case, without some punctuation and blanks at the end, at most 50 words."""
     text = REMOVED_FROM_QUESTIONS.sub("", question.lower()).rstrip(" ")
     return " ".join(text.split(" ")[:MOST_WORDS])
 

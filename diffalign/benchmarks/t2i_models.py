@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffalign.benchmarks.geneval_colors import MEAN, STD, normalized
 from diffalign.benchmarks.geneval_colors import to_pixels as clip_pixels
+from diffalign.benchmarks.pretrained import load_model, load_part
 from diffalign.benchmarks.scoring import Pixels
 from diffalign.benchmarks.t2i_detections import FRAME
 
@@ -149,30 +150,21 @@ def to_frame_depth(predicted: Float[Tensor, "h w"], size: tuple[int, int]) -> Fl
 
 
 def load_blip(source: str = HUB_BLIP, device: str = "cpu") -> BlipVqa:
-    """From the hub or a folder. Raises ValueError where tensors are missing."""
+    """From the hub or a folder. Raises ValueError where tensors are missing, OSError where the model cannot be had."""
     from transformers import AutoTokenizer, BlipForQuestionAnswering
 
-    return BlipVqa(_load(BlipForQuestionAnswering, source, device), AutoTokenizer.from_pretrained(source), f"BLIP-VQA {source}")
+    return BlipVqa(load_model(BlipForQuestionAnswering, source, device), load_part(AutoTokenizer, source), f"BLIP-VQA {source}")
 
 
 def load_clip_score(source: str = HUB_CLIP, device: str = "cpu") -> ClipScore:
-    """From the hub or a folder. Raises ValueError where tensors are missing."""
+    """Raises as `load_blip` does."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    return ClipScore(_load(CLIPModel, source, device), CLIPTokenizer.from_pretrained(source), f"CLIPScore {source}")
+    return ClipScore(load_model(CLIPModel, source, device), load_part(CLIPTokenizer, source), f"CLIPScore {source}")
 
 
 def load_depth(source: str = HUB_DEPTH, device: str = "cpu") -> Depth:
-    """From the hub or a folder. Raises ValueError where tensors are missing."""
+    """Raises as `load_blip` does."""
     from transformers import DPTForDepthEstimation
 
-    return Depth(_load(DPTForDepthEstimation, source, device), f"depth by {source}")
-
-
-def _load(kind: Any, source: str, device: str) -> Any:
-    """A transformers model in float32. Missing tensors, which transformers would fill at random, are an error."""
-    model, info = kind.from_pretrained(source, output_loading_info=True)
-    missing = [key for key in info["missing_keys"] if "position_ids" not in key]
-    if missing:
-        raise ValueError(f"{source} lacks {len(missing)} tensors of {kind.__name__}, such as {sorted(missing)[0]}")
-    return model.to(device, torch.float32)
+    return Depth(load_model(DPTForDepthEstimation, source, device), f"depth by {source}")

@@ -196,5 +196,5 @@ def test_a_clip_folder_that_lacks_a_tensor_is_refused(tmp_path):
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "visual_projection.weight"}
     model.save_pretrained(tmp_path, state_dict=weights)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks 1 of CLIP's tensors, such as visual_projection\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of CLIPModel, such as visual_projection\.weight"):
         load_colors(str(tmp_path))
