@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -220,3 +221,53 @@ def test_memory_in_the_table_is_that_of_the_weights(name):
     text = {"clip-l14": 123.7, "laion-aesthetic-v2": 0, "clip-bigg14": 694.7, "aesthetic-v2.5": 0}.get(name, 354.0)
     cross = 4 * (2 * (1024 * 1024 + 2 * 64 * 1024 + 1024 * 1024 + 1024 * 8192 + 4096 * 1024)) / 1e6 if name == "mps" else 0
     assert reward_models.SPECS[name].memory == pytest.approx((vision + text + cross) * 4 / 1000, abs=0.01)
+
+
+# ---- places on the Hub, and addresses --------------------------------------------------------------------------------------------
+
+
+def kept_from_before(monkeypatch, folder: Path) -> None:
+    """A Hub without connection, of which the files of this folder are in the cache."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(repository, name):
+        if not (folder / name).is_file():
+            raise LocalEntryNotFoundError(f"no connection for {repository}")
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+
+def test_a_repository_kept_from_before_needs_no_connection(monkeypatch, tmp_path, load, images):
+    """Whether it has files of the other layout cannot be asked then, and need not be."""
+    tiny_clips.write_transformers(tmp_path)
+    kept_from_before(monkeypatch, tmp_path)
+    reward = reward_models.load("clip-h14", source="org/name")
+    torch.testing.assert_close(reward(images, PROMPTS), load("clip-h14")(images, PROMPTS), atol=1e-3, rtol=1e-5)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError, match=r"could not download preprocessor_config\.json of org/name .no connection"):
+        reward_models.load("clip-h14", source="org/name")
+
+
+def test_addresses_are_downloaded_once_and_checked(monkeypatch, tmp_path):
+    from reward_models.sources import Source
+
+    asked = []
+
+    def download(address, target, sha256, progress):
+        asked.append((address, sha256))
+        Path(target).write_bytes(b"weights")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    source = Source("r", "head", "https://example.org/a/head+1.pth#sha256=abc")
+    assert [source.file("anything") for _ in range(2)] == [tmp_path / "checkpoints" / "head+1.pth"] * 2
+    assert asked == [("https://example.org/a/head+1.pth", "abc")]
+
+
+def test_every_address_in_the_table_is_pinned():
+    places = [place for spec in reward_models.SPECS.values() for place in spec.checkpoint.values()]
+    addresses = [place for place in places if place.startswith("https://")]
+    assert addresses
+    assert all(re.search(r"/[0-9a-f]{40}/.*#sha256=[0-9a-f]{64}$", address) for address in addresses)
