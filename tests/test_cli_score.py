@@ -17,7 +17,7 @@ from diffalign import load_reward
 from diffalign.cli import main
 from diffalign.commands import score_run
 from diffalign.commands.image_files import list_images
-from diffalign.images import read_image
+from diffalign.images import Picture, read_image
 from tests import scored
 from tests.scored import CHEAP, PROMPTS, SHAPES, lines, results, scores
 
@@ -204,6 +204,37 @@ def test_what_a_reward_refuses_does_not_take_its_batch_mates_along(folder, tmp_p
     assert work.scores.keys() == {"a2.png", "a3.png", "sub/c.png", "wide.png"}
     assert work.problems == {"a.png": "reward 'x': images[0] is not to its taste", "b.jpg": "the score is not finite (nan)"}
     assert len(lines(tmp_path / "out", "x")) == 4
+
+
+def test_few_images_wait_for_others_of_their_size(monkeypatch):
+    """However many sizes there are, and fewer where images are large."""
+
+    def loaded(height):
+        return score_run.Loaded(None, "", Picture(np.zeros((height, 10, 3), np.uint8)))
+
+    held = [0]
+
+    def counting(heights):
+        for height in heights:
+            held[0] += 1
+            yield loaded(height)
+
+    def batches(heights, size):
+        held[0], sizes = 0, []
+        for batch in score_run._batches(counting(heights), size):
+            assert held[0] <= score_run.HELD_BATCHES * size
+            assert len({one.picture.levels.shape for one in batch}) == 1
+            held[0] -= len(batch)
+            sizes.append(len(batch))
+        assert sum(sizes) == len(heights)
+        return sizes
+
+    assert batches([5] * 10, 4) == [4, 4, 2]
+    assert max(batches(list(range(1, 60)) * 2, 4)) <= 2
+    assert batches([5, 6] * 8, 4) == [4, 4, 4, 4]
+    monkeypatch.setattr(score_run, "HELD_PIXELS", 150)
+    assert batches([5] * 8, 4) == [3, 3, 2]
+    assert batches([100] * 3, 4) == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

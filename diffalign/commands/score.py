@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     places = sources(args.source, specs)
     listing = list_images(args.folder, args.match)
     if listing.aside:
-        print(f"note: {len(listing.aside)} pictures show other images or scores, and are left out: {first_names(listing.aside)}")
+        print(f"note: left out, since they show other images or scores: {first_names(listing.aside)}")
     prompts = needed_prompts(args, specs, listing.images)
     out = args.out or Path("outputs") / f"score-{args.folder.resolve().name or 'root'}"
     kept = settings(args, specs, places)

@@ -25,6 +25,7 @@ from diffalign.images import Picture, decode
 
 READERS = 4  # threads that decode; Pillow releases the interpreter meanwhile
 HELD_BATCHES = 4  # at most so many batches' images wait for others of their size
+HELD_PIXELS = 64_000_000  # and of large ones fewer: three quarters of a gigabyte as floats
 
 
 @dataclass
@@ -130,7 +131,7 @@ def read_ahead(images: Sequence[ImageFile], read: Callable[[ImageFile], Loaded])
     pool = ThreadPoolExecutor(threads)
     left = iter(images)
     try:
-        queue = deque(pool.submit(read, image) for image in islice(left, 2 * threads))
+        queue = deque(pool.submit(read, image) for image in islice(left, threads + 1))
         while queue:
             yield queue.popleft().result()
             queue.extend(pool.submit(read, image) for image in islice(left, 1))
@@ -149,15 +150,19 @@ def _whole(images: Iterable[Loaded], work: Work, progress: Callable[[int], None]
 
 
 def _batches(images: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
-    """Images of one size together. Where too many different ones wait, the fullest goes first, so that memory stays bounded."""
+    """Images of one size together. Where too many others wait, the fullest goes first, so that memory stays bounded."""
     waiting: dict[tuple[int, ...], list[Loaded]] = {}
+
+    def area(shape: tuple[int, ...]) -> int:
+        return len(waiting[shape]) * shape[0] * shape[1]
+
     for loaded in images:
-        shape = loaded.picture.pixels.shape
+        shape = loaded.picture.levels.shape
         waiting.setdefault(shape, []).append(loaded)
         if len(waiting[shape]) == size:
             yield waiting.pop(shape)
-        elif sum(map(len, waiting.values())) >= HELD_BATCHES * size:
-            yield waiting.pop(max(waiting, key=lambda key: len(waiting[key])))
+        elif sum(map(len, waiting.values())) >= HELD_BATCHES * size or sum(map(area, waiting)) >= HELD_PIXELS:
+            yield waiting.pop(max(waiting, key=area))
     yield from waiting.values()
 
 
