@@ -69,7 +69,7 @@ class MPS(RewardModel):
         tokens = self._text(ids)
         condition = self._text(transformers_tokens([OVERALL], self.name).to(self.clip.device))[0]
         kept = related(tokens, condition)
-        end = tokens[torch.arange(len(ids)), ids.argmax(dim=1)]  # the end token has the greatest id
+        end = tokens[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]  # the end token has the greatest id
         rows = torch.cat([end[:, None], tokens], dim=1)
         return torch.cat([rows, F.pad(kept, (1, 0)).to(rows.dtype)[..., None]], dim=2)
 
