@@ -6,6 +6,7 @@ image.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,24 +64,25 @@ def read_chat(source: Source) -> Chat:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error})") from error
-    template = _template(source) or tokenizer.chat_template
-    if not template:
-        raise ValueError(f"{folder} has no chat template, neither in tokenizer_config.json nor in a file of its own")
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARK}]}
-    rendered = tokenizer.apply_chat_template([turn], chat_template=template, tokenize=False, add_generation_prompt=True)
-    before, mark, after = rendered.partition(MARK)
-    ids = tokenizer(before, add_special_tokens=False).input_ids
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    if not mark or image is None or ids.count(image) != 1:
-        raise ValueError(f"the chat template in {folder} does not show one <|image_pad|> before the text; it makes {rendered[:200]!r}")
-    return Chat(tokenizer, tuple(ids), tuple(tokenizer(after, add_special_tokens=False).input_ids), image)
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARK}]}
+    for template in _templates(tokenizer, source):
+        rendered = tokenizer.apply_chat_template([turn], chat_template=template, tokenize=False, add_generation_prompt=True)
+        before, mark, after = rendered.partition(MARK)
+        ids = tokenizer(before, add_special_tokens=False).input_ids
+        if mark and image is not None and ids.count(image) == 1:
+            return Chat(tokenizer, tuple(ids), tuple(tokenizer(after, add_special_tokens=False).input_ids), image)
+    raise ValueError(f"{folder} has no chat template that shows one <|image_pad|> before the text, in tokenizer_config.json or beside it")
 
 
-def _template(source: Source) -> str | None:
-    jinja, older = source.find("chat_template.jinja"), source.find("chat_template.json")
-    if jinja is not None:
-        return jinja.read_text(encoding="utf-8")
-    return read_json(older, ("chat_template",))["chat_template"] if older is not None else None
+def _templates(tokenizer: PreTrainedTokenizerFast, source: Source) -> Iterator[str]:
+    """The chat template in each of the places it may be, looked up in turn."""
+    if isinstance(tokenizer.chat_template, str):
+        yield tokenizer.chat_template
+    if (path := source.find("chat_template.jinja")) is not None:
+        yield path.read_text(encoding="utf-8")
+    if (path := source.find("chat_template.json")) is not None:
+        yield read_json(path, ("chat_template",))["chat_template"]
 
 
 def pad(texts: list[Tensor]) -> Int[Tensor, "b l"]:

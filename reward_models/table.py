@@ -154,7 +154,7 @@ SPECS: dict[str, Spec] = {
         range=(-2.0, 2.0),
         unit="standard deviations of ImageReward's training data",
         checkpoint={"model": "THUDM/ImageReward", "tokenizer": "google-bert/bert-base-uncased"},
-        memory=1.79,
+        memory=1.78,
     ),
     "hpsv3": Spec(
         name="hpsv3",

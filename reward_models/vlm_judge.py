@@ -12,13 +12,15 @@ Gradients reach the image: preprocessing is ours, and numerically that of the mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from reward_models.base import Images, RewardModel, Scores, check_call
 from reward_models.checkpoints import read_json, weights_file
@@ -119,9 +121,10 @@ def load_vlm(source: Source) -> PreTrainedModel:
     weights = weights_file(source, "model.safetensors.index.json", "model.safetensors")
     folder = _one_folder(path, weights)
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, dtype="auto", use_safetensors=True, output_loading_info=True
-        )
+        with _quietly():
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                folder, local_files_only=True, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:  # a safetensors, JSON, shape or validation error, depending on what is wrong
         raise ValueError(f"the model in {folder} cannot be read ({' '.join(str(error).split())[:300]})") from error
     kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
@@ -135,3 +138,17 @@ def _one_folder(path: Path, weights: Path) -> Path:
     if path.parent != weights.parent:
         raise ValueError(f"the judge needs one folder with configuration and weights, got {path} and {weights}")
     return path.parent
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bar and its table of tensors that do not fit, which we name ourselves."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

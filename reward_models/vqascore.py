@@ -94,7 +94,8 @@ class VQAScore(RewardModel):
             encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
-        logits = float_linear(decoded.flatten(0, 1), self.t5.lm_head.weight).unflatten(0, answer.shape)
+        tokens = self.t5.lm_head.weight[: self.tokenizer.get_vocab_size()]  # the original cuts rows beyond the tokenizer's, too
+        logits = float_linear(decoded.flatten(0, 1), tokens).unflatten(0, answer.shape)
         return logits.log_softmax(dim=-1).gather(2, answer.unsqueeze(2)).mean(dim=(1, 2)).exp()
 
 

@@ -77,7 +77,21 @@ def test_the_border_is_black_before_normalisation():
     assert [bool((out[0, 0, row] > 0).all()) for row in range(8)] == [False, False, True, True, True, True, False, False]
 
 
-@pytest.mark.parametrize("geometry", ["shortest+crop", "longest+pad", "squash"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_square_of_the_mean_is_llavas_on_pil_images(size):
+    from transformers import CLIPImageProcessor
+
+    picture = Image.fromarray(photo(*size))
+    square = Image.new("RGB", (max(size), max(size)), tuple(int(255 * value) for value in MEAN))
+    square.paste(picture, ((max(size) - picture.width) // 2, (max(size) - picture.height) // 2))
+    processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    theirs = torch.as_tensor(np.asarray(processor(square)["pixel_values"]))
+    difference = levels(Preprocess(56, MEAN, STD, "square+mean")(tensor_of(photo(*size))), theirs)
+    assert difference.mean() < 0.45
+    assert difference.max() < 1.7
+
+
+@pytest.mark.parametrize("geometry", ["shortest+crop", "longest+pad", "squash", "square+mean"])
 def test_the_gradient_is_the_finite_difference(geometry):
     x = (0.3 + 0.4 * torch.rand(1, 3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_(True)
     assert torch.autograd.gradcheck(Preprocess(4, MEAN, STD, geometry), (x,))
