@@ -206,6 +206,32 @@ def test_what_a_reward_refuses_does_not_take_its_batch_mates_along(folder, tmp_p
     assert len(lines(tmp_path / "out", "x")) == 4
 
 
+def test_a_reward_that_breaks_on_everything_is_given_up(tmp_path):
+    """Eight in a row, not eight in all: a server that is down should not be asked for every image."""
+    for i in range(30):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    images = list_images(tmp_path).images
+
+    def breaking_on(broken):
+        def reward(batch, prompts):
+            if any(round(image[0, 0, 0].item() * 255) in broken for image in batch):
+                raise RuntimeError("the server\nhas no answer")
+            return batch[:, 0, 0, 0]
+
+        return reward
+
+    def score(broken, name):
+        work = score_run.open_work(name, tmp_path / "out", images, None, score_run.Digests())
+        score_run.score_pending(work, breaking_on(broken), "cpu", 4, lambda n: None)
+        return work
+
+    odd = set(range(1, 30, 2))
+    assert score(odd, "odd").problems.keys() == {f"{i:02d}.png" for i in odd}
+    with pytest.raises(ValueError, match="down failed on 8 images in a row, and the last time said: the server has no answer"):
+        score(set(range(10, 30)), "down")
+    assert len(lines(tmp_path / "out", "down")) == 10
+
+
 def test_few_images_wait_for_others_of_their_size(monkeypatch):
     """However many sizes there are, and fewer where images are large."""
 

@@ -27,6 +27,8 @@ READERS = 4  # threads that decode; Pillow releases the interpreter meanwhile
 HELD_BATCHES = 4  # at most so many batches' images wait for others of their size
 HELD_PIXELS = 64_000_000  # and of large ones fewer: three quarters of a gigabyte as floats
 
+GIVE_UP = 8  # images in a row that a reward breaks on: then it is not the images
+
 
 @dataclass
 class Loaded:
@@ -52,6 +54,7 @@ class Work:
     pending: list[ImageFile] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    broken: int = 0  # images in a row that ended in a RuntimeError
 
     def prompt(self, image: ImageFile) -> str | None:
         """The image's prompt; None where the reward needs none."""
@@ -167,7 +170,11 @@ def _batches(images: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
 
 
 def _scores(model: Any, batch: Sequence[Loaded], work: Work, device: str) -> list[float | str]:
-    """A score or a problem for each. An image that the reward refuses must not take its batch mates along."""
+    """A score or a problem for each. An image that the reward refuses must not take its batch mates along.
+
+    It refuses with a ValueError by its contract, with a RuntimeError where a shape breaks the model or a server has no answer. Raises
+    ValueError where that happens to GIVE_UP images in a row.
+    """
     import torch
 
     prompts = [work.prompt(loaded.image) or "" for loaded in batch]
@@ -175,10 +182,17 @@ def _scores(model: Any, batch: Sequence[Loaded], work: Work, device: str) -> lis
     try:
         with torch.no_grad():
             values = model(images, prompts).tolist()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # out of memory, a broken device
         if len(batch) > 1:
             return [score for loaded in batch for score in _scores(model, [loaded], work, device)]
-        return [" ".join(str(error).split())]
+        problem = " ".join(str(error).split())
+        work.broken = work.broken + 1 if isinstance(error, RuntimeError) else 0
+        if work.broken == GIVE_UP:
+            raise ValueError(f"{work.reward} failed on {GIVE_UP} images in a row, and the last time said: {problem}") from error
+        return [problem]
+    work.broken = 0
     return [value if math.isfinite(value) else f"the score is not finite ({value})" for value in values]
 
 
