@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from reward_models.base import Images, RewardModel, Scores, check_call
 from reward_models.checkpoints import read_json, weights_file
 from reward_models.qwen_pixels import read_qwen_pixels
-from reward_models.qwen_text import PADDING, Chat, float_linear, last, pad, read_chat, show
+from reward_models.qwen_text import Chat, float_linear, last, pad, read_chat, show
 from reward_models.sources import Source
 from reward_models.spec import Spec
 
@@ -86,13 +86,12 @@ class VLMJudge(RewardModel):
         return (yes.logsumexp(dim=1) - no.logsumexp(dim=1)).sigmoid()
 
     def _logits(self, images: Images, texts: Int[Tensor, "b l"], tokens: list[int] | None) -> Float[Tensor, "b n"]:
-        """Logits of these tokens (None: of all) as the first of the answer, float32."""
+        """Logits of these tokens (None: of all) as the first of the answer, float32. Padding needs no mask: it comes after what is read."""
         patches, (rows, columns) = self.pixels(images)
         ids = show(texts, self.chat.column, rows * columns // self.pixels.merge**2)
         states = self.vlm.model(
             input_ids=ids.clamp(min=0),
-            attention_mask=(ids != PADDING).long(),
-            mm_token_type_ids=(ids == self.chat.image).int(),  # 1: an image's token; rows and columns become positions
+            mm_token_type_ids=(ids == self.chat.image).int(),  # 1: a token of the image, whose rows and columns become positions
             pixel_values=patches.flatten(0, 1),
             image_grid_thw=torch.tensor([[1, rows, columns]] * len(ids), device=ids.device),
             use_cache=False,
