@@ -66,6 +66,22 @@ def test_a_threshold_is_taken(generate):
     assert len(trace["guidance"]["diagnostics"]["cosine"]) == 1
 
 
+def test_a_refresh_is_taken(generate):
+    """Settled after the first of 4 steps, and evaluated anew at the third."""
+    _, err, trace = generate("--guidance", "adaptive", "--guidance-threshold", "-0.9", "--guidance-refresh", "2")
+    assert trace["guidance"]["evaluations"] == 6, err
+    assert trace["settings"]["guidance"]["refresh"] == 2
+
+
+def test_linear_within_a_budget(train, generate):
+    code, out, err, folder = train("linear-ag", "--samples", "10", "--batch-size", "5", "--budget", "0.75")
+    assert code == 0, err
+    assert "6 evaluations instead of 8" in out
+    assert "steps that evaluate both branches: 0 " in out
+    _, err, trace = generate("--guidance", "linear", "--guidance-from", folder)
+    assert trace["guidance"]["evaluations"] == 6, err
+
+
 def test_linear_from_training_to_use(train, generate):
     code, out, err, folder = train("linear-ag", "--samples", "10", "--batch-size", "4")
     assert code == 0, err
@@ -102,6 +118,7 @@ def test_searched_from_training_to_use(train, generate):
         (["--guidance", "searched", "--guidance-from", "nowhere"], "has no searched_guidance.json; make it with"),
         (["--guidance", "fixed", "--guidance-from", "x"], "--guidance-from belongs to --guidance linear and searched"),
         (["--guidance-threshold", "0.9"], "--guidance-threshold belongs to --guidance adaptive"),
+        (["--guidance", "fixed", "--guidance-refresh", "3"], "--guidance-refresh belongs to --guidance adaptive"),
     ],
 )
 def test_options_that_do_not_fit_get_a_sentence(arguments, message, generate):
@@ -117,6 +134,7 @@ def test_options_that_do_not_fit_get_a_sentence(arguments, message, generate):
         (["--guidance", "adaptiv"], "did you mean 'adaptive'?"),
         (["--guidance-threshold", "2"], "must be a cosine"),
         (["--guidance-threshold", "x"], "must be a cosine"),
+        (["--guidance", "adaptive", "--guidance-refresh", "1"], "must be a whole number of at least 2, got '1'"),
     ],
 )
 def test_wrong_values_get_a_sentence(arguments, message, generate, capsys):

@@ -38,6 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-from", type=Path, metavar="DIR", help=source_help)
     threshold_help = "for adaptive: the cosine at which a sample is guided no further (default: the pipeline's calibrated one)"
     parser.add_argument("--guidance-threshold", type=threshold, metavar="X", help=threshold_help)
+    refresh_help = "for adaptive: then keep a sample's last guidance and evaluate it anew every N-th step (default: no guidance)"
+    parser.add_argument("--guidance-refresh", type=refresh, metavar="N", help=refresh_help)
 
 
 def method_name(text: str) -> str:
@@ -56,6 +58,12 @@ def threshold(text: str) -> float:
     return value
 
 
+def refresh(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 2, got {text!r}")
+    return int(text)
+
+
 def settings(args: argparse.Namespace) -> dict[str, Any] | None:
     """What an image depends on, for a run's settings; None for full guidance. Raises ValueError for options that do not fit together."""
     name, source = args.guidance, args.guidance_from
@@ -67,11 +75,13 @@ def settings(args: argparse.Namespace) -> dict[str, Any] | None:
             raise ValueError(f"--guidance-from {source} has no {FROM_FILE[name]}; {made}")
     elif source is not None:
         raise ValueError(f"--guidance-from belongs to --guidance {' and '.join(FROM_FILE)}; leave it out with {name}")
-    if args.guidance_threshold is not None and name != "adaptive":
-        raise ValueError(f"--guidance-threshold belongs to --guidance adaptive; leave it out with {name}")
+    for option, value in (("--guidance-threshold", args.guidance_threshold), ("--guidance-refresh", args.guidance_refresh)):
+        if value is not None and name != "adaptive":
+            raise ValueError(f"{option} belongs to --guidance adaptive; leave it out with {name}")
     if name == "full":
         return None
-    return {"method": name, "from": None if source is None else str(source), "threshold": args.guidance_threshold}
+    source = None if source is None else str(source)
+    return {"method": name, "from": source, "threshold": args.guidance_threshold, "refresh": args.guidance_refresh}
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -89,7 +99,9 @@ def build(args: argparse.Namespace) -> Any:
         return cls(LinearCoefficients.load(args.guidance_from))
     if args.guidance == "searched":
         return cls.load(args.guidance_from / FROM_FILE["searched"])
-    return cls(threshold=args.guidance_threshold) if args.guidance == "adaptive" else cls()
+    if args.guidance == "adaptive":
+        return cls(threshold=args.guidance_threshold, refresh=args.guidance_refresh or 0)
+    return cls()
 
 
 def record(report: Any, sample: int, searching: bool) -> dict[str, Any] | None:

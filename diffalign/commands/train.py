@@ -17,7 +17,7 @@ from diffalign.commands import config, generate, options
 from diffalign.commands.guidance import FROM_FILE
 from diffalign.files import require_writable
 
-SHAPES_BATCH = 20
+SHAPES_BATCH, SHAPES_SEARCH_BATCH = 20, 8
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,9 +30,12 @@ def add_parser(subparsers: Any) -> None:
         "it will be used with.",
         allow_abbrev=False,
     )
-    _add_common(linear, Path("outputs/linear-ag"))
+    _add_common(linear, Path("outputs/linear-ag"), SHAPES_BATCH)
     linear.add_argument("--samples", type=options.count, default=200, metavar="N", help="trajectories (default: %(default)s)")
-    linear.add_argument("--tail", choices=("conditional", "estimate"), default="conditional", help="what follows (default: %(default)s)")
+    budget_help = "share of all evaluations, 0.65 say: the fit chooses the steps to evaluate (default: the paper's plan)"
+    linear.add_argument("--budget", type=options.scale, metavar="X", help=budget_help)
+    tail_help = "of the paper's plan: no guidance in the second half, or predicted guidance (default: %(default)s)"
+    linear.add_argument("--tail", choices=("conditional", "estimate"), default="conditional", help=tail_help)
     linear.set_defaults(run=run_linear)
     search = kinds.add_parser(
         "guidance-search",
@@ -40,20 +43,20 @@ def add_parser(subparsers: Any) -> None:
         description="Searches one option per step (unconditional, conditional, or guided at some strength) within a budget of evaluations.",
         allow_abbrev=False,
     )
-    _add_common(search, Path("outputs/guidance-search"))
+    _add_common(search, Path("outputs/guidance-search"), SHAPES_SEARCH_BATCH)
     search.add_argument("--budget", type=options.scale, default=0.75, metavar="X", help="share of all evaluations (default: %(default)s)")
     search.add_argument("--iterations", type=options.count, default=80, metavar="N", help="steps of the optimiser (default: %(default)s)")
     search.set_defaults(run=run_search)
 
 
-def _add_common(parser: argparse.ArgumentParser, out: Path) -> None:
+def _add_common(parser: argparse.ArgumentParser, out: Path, batch: int) -> None:
     parser.add_argument("--pipeline", type=options.pipeline_name, default="shapes", metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts, one a line (default with shapes: its validation split)")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="as it will be used")
     parser.add_argument("--steps", type=options.count, metavar="N", help="denoising steps (default: the pipeline's own)")
     parser.add_argument("--guidance-scale", type=options.scale, metavar="X", help="(default: the pipeline's own)")
     parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help="trajectory i has seed N + i (default: %(default)s)")
-    parser.add_argument("--batch-size", type=options.count, metavar="N", help=f"at once (default: 1, shapes {SHAPES_BATCH})")
+    parser.add_argument("--batch-size", type=options.count, metavar="N", help=f"at once (default: 1, shapes {batch})")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
     parser.add_argument("--dtype", choices=options.DTYPES, help="number type of the pipeline (default: the pipeline's own for the device)")
@@ -70,8 +73,9 @@ def run_linear(args: argparse.Namespace) -> int:
 
     if args.samples < HELD_OUT_EVERY:
         raise ValueError(f"--samples must be at least {HELD_OUT_EVERY}, of which one is held out; got {args.samples}")
+    settings = LinearSettings(tail=args.tail, budget=args.budget)
     pipeline = load(args)
-    fit = LinearFit(LinearSettings(tail=args.tail))
+    fit = LinearFit(settings)
     size = options.batch_size(args, SHAPES_BATCH)
     with tqdm(total=args.samples, unit="trajectory", disable=None) as bar:
         for start in range(0, args.samples, size):
@@ -91,7 +95,8 @@ def run_linear(args: argparse.Namespace) -> int:
     print(f"{coefficients.samples} trajectories fitted, {coefficients.held_out} held out")
     print("error of the predicted guidance, as a share of its size, on what was held out:")
     for step, residual in sorted(coefficients.residuals.items()):
-        print(f"  step {step:3d}  {residual:.4f}{'' if step in coefficients.by_step else '  (too large: evaluated instead)'}")
+        print(f"  step {step:3d}  {residual:.4f}{'' if step in coefficients.by_step else '  (too large: not guided)'}")
+    print("steps that evaluate both branches: " + " ".join(str(i) for i, branch in enumerate(coefficients.branches) if branch == "both"))
     print(f"{evaluations} evaluations instead of {2 * len(coefficients.branches)}; saved in {args.out}")
     return 0
 
@@ -110,7 +115,8 @@ def run_search(args: argparse.Namespace) -> int:
         raise ValueError(f"--{' and --'.join(name.replace('num_inference_', '').replace('_', '-') for name in missing)} must be given with "
                          f"--pipeline {args.pipeline}, which has no defaults of its own")  # fmt: skip
     with ExitStack() as stack:
-        sample = sampler(pipeline, prompts, args, stack)
+        size = options.batch_size(args, SHAPES_SEARCH_BATCH)
+        sample = sampler(pipeline, prompts, size, args.seed, options.stock_arguments(args), stack, args.negative_prompt)
         with tqdm(total=settings.iterations, disable=None) as bar:
 
             def progress(iteration: int, values: Any) -> None:
@@ -150,22 +156,39 @@ def negative(args: argparse.Namespace) -> dict[str, Any]:
     return {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
 
 
-def sampler(pipeline: Any, prompts: Sequence[str], args: argparse.Namespace, stack: ExitStack) -> Callable[[int, Any], Any]:
-    """sample(i, method) for the search: latents of batch i, differentiable in the method. `stack` restores the pipeline."""
+def sampler(
+    pipeline: Any,
+    prompts: Sequence[str],
+    size: int,
+    seed: int,
+    arguments: dict[str, Any],
+    stack: ExitStack,
+    negative_prompt: str | None = None,
+) -> Callable[[int, Any], Any]:
+    """sample(i, method) for the search: latents of batch i, differentiable in the method. `stack` restores the pipeline.
+
+    There are as many batches as the prompts fill, and then the first one again, with its noises; what full guidance makes of it is kept.
+    """
     from pipelines import inputs, state
 
     for change in (state.frozen, state.own_scheduler):
         stack.enter_context(change(pipeline))
-    size = options.batch_size(args, SHAPES_BATCH)
-    arguments = options.stock_arguments(args)
+    batches = max(1, len(prompts) // size)
+    targets: dict[int, Any] = {}
 
     def sample(i: int, method: Any) -> Any:
-        numbers = range(i * size, (i + 1) * size)
-        conditioning = pipeline.encode([prompts[n % len(prompts)] for n in numbers], args.negative_prompt)
-        noise = pipeline.draw_noise(inputs.make_generators([args.seed + n for n in numbers]))
+        batch = i % batches
+        if method is None and batch in targets:
+            return targets[batch]
+        numbers = range(batch * size, (batch + 1) * size)
+        conditioning = pipeline.encode([prompts[n % len(prompts)] for n in numbers], negative_prompt)
+        noise = pipeline.draw_noise(inputs.make_generators([seed + n for n in numbers]))
         with ExitStack() as inner:
             if method is not None:
                 inner.enter_context(pipeline.guide(method))
-            return pipeline.noise_to_images(noise, conditioning, arguments, output_type="latent")
+            latents = pipeline.noise_to_images(noise, conditioning, arguments, output_type="latent")
+        if method is None:
+            targets[batch] = latents
+        return latents
 
     return sample

@@ -17,6 +17,8 @@ Differences from the paper, and why:
    the one for a budget from recorded cosines.
 4. Each sample has its own latch (`decision="per_sample"`), never one cosine over the flattened batch: a sample's image does not depend on
    its batch mates. With "all" the batch stops together, at its slowest sample: two batch shapes instead of many, for compiled networks.
+5. `refresh`: where guidance matters to the end (it does in the shapes world), dropping it shows. Then a stopped sample keeps its last
+   difference, g = c + (w - 1) d, and evaluates both branches again at every refresh-th step, as FasterCache does (2410.19355: every 5th).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ FALLBACK_THRESHOLD = 0.995
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveGuidance(Guidance):
-    """AdaptiveGuidance(threshold=None, space="auto", warm_up=0.2, patience=1, decision="per_sample")."""
+    """AdaptiveGuidance(threshold=None, space="auto", warm_up=0.2, patience=1, decision="per_sample", refresh=0)."""
 
     name: ClassVar[str] = "adaptive"
 
@@ -56,6 +58,8 @@ class AdaptiveGuidance(Guidance):
     """>= 1: guided steps in a row whose cosine must reach the threshold. Paper: 1."""
     decision: Literal["per_sample", "all"] = "per_sample"
     """Whether samples stop one by one or together. Paper: not stated."""
+    refresh: int = 0
+    """0: no guidance after the threshold. >= 2: the last difference, evaluated anew at every refresh-th step. Paper: 0."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.threshold != math.inf:
@@ -66,6 +70,7 @@ class AdaptiveGuidance(Guidance):
         check_integer("patience", self.patience, 1)
         if self.decision not in ("per_sample", "all"):
             raise ValueError(f"decision must be 'per_sample' or 'all', got {self.decision!r}.")
+        check_refresh(self.refresh)
 
     def begin(self, run: GuidanceRun) -> Latch:
         threshold = self.threshold
@@ -80,8 +85,8 @@ class AdaptiveGuidance(Guidance):
 class Latch:
     """One trajectory's policy: which samples are still guided.
 
-    diagnostics, for each sample: "cosine", one value for each guided step; "settled_after", the number of steps after which it
-    reached the threshold, if it did.
+    diagnostics, for each sample: "cosine", one value for each step that evaluated both branches; "settled_after", the number of steps
+    after which it reached the threshold, if it did.
     """
 
     def __init__(self, method: AdaptiveGuidance, run: GuidanceRun, threshold: float, space: str) -> None:
@@ -89,6 +94,8 @@ class Latch:
         self.first = leading(method.warm_up, run.steps) - 1  # the earliest step that may be the last guided one
         self.streak = [0] * run.samples
         self.stopped = [False] * run.samples
+        self.fresh_until = [0] * run.samples  # from that step on a stopped sample's difference is too old; with `refresh`
+        self.delta: Tensor | None = None  # c - u of every sample where both were last evaluated; with `refresh`
         self.diagnostics: dict[str, list[list[float]]] = {
             "cosine": [[] for _ in range(run.samples)],
             "settled_after": [[] for _ in range(run.samples)],
@@ -97,25 +104,39 @@ class Latch:
     def plan(self, step: int) -> Sequence[Branch]:
         if self.method.decision == "all" and not all(self.stopped):
             return ["both"] * self.run.samples
-        return ["conditional" if stopped else "both" for stopped in self.stopped]
+        stale = [bool(self.method.refresh) and step >= until for until in self.fresh_until]
+        return ["conditional" if stopped and not old else "both" for stopped, old in zip(self.stopped, stale, strict=True)]
 
     def complete(self, step: int, x: Tensor, c: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         rows = [row for row, branch in enumerate(self.plan(step)) if branch == "both"]
         if not rows:
-            return c, c
+            return c, self._estimate(c)
         alone = len(rows) < self.run.samples
         seen_x, seen_c = (x[rows], c[rows]) if alone else (x, c)
         for row, value in zip(rows, self._cosines(step, seen_x, seen_c, u), strict=True):
             self._judge(step, row, value)
-        if not alone:
-            return c, u
-        filled = c.clone()
-        filled[rows] = u
+        filled = u
+        if alone:
+            filled = c.clone() if self.delta is None else self._estimate(c)
+            filled[rows] = u
+        if self.method.refresh:
+            self._keep(rows, (seen_c - u).detach())
         return c, filled
 
     def switch(self) -> None:
-        """A latch stays: it says that the image is settled, which another network does not undo. A streak does not."""
+        """A latch stays: it says that the image is settled, which another network does not undo. A streak and a difference do not."""
         self.streak = [0] * self.run.samples
+        self.fresh_until = [0] * self.run.samples
+
+    def _estimate(self, c: Tensor) -> Tensor:
+        return c if self.delta is None else c - self.delta
+
+    def _keep(self, rows: list[int], delta: Tensor) -> None:
+        if self.delta is None or len(rows) == self.run.samples:  # the first step evaluates every sample
+            self.delta = delta
+        else:
+            self.delta = self.delta.clone()
+            self.delta[rows] = delta
 
     def _cosines(self, step: int, x: Tensor, c: Tensor, u: Tensor) -> list[float]:
         signal, noise = (self.run.signal[step], self.run.noise[step]) if self.space != "model_output" else (1.0, 0.0)
@@ -124,34 +145,45 @@ class Latch:
 
     def _judge(self, step: int, row: int, value: float) -> None:
         self.diagnostics["cosine"][row].append(value)
+        self.fresh_until[row] = step + self.method.refresh
         self.streak[row] = self.streak[row] + 1 if value >= self.threshold else 0
         if step >= self.first and self.streak[row] >= self.method.patience and not self.stopped[row]:
             self.stopped[row] = True
             self.diagnostics["settled_after"][row].append(step + 1)
 
 
-def calibrate(cosines: Sequence[Sequence[float]], share: float = 0.5, warm_up: float = 0.2) -> float:
-    """The threshold at which this share of all steps is guided on average, from cosines recorded with AdaptiveGuidance(threshold=inf).
+def check_refresh(refresh: int) -> None:
+    """Raises ValueError for anything but 0 and whole numbers from 2."""
+    check_integer("refresh", refresh, 0)
+    if refresh == 1:
+        raise ValueError("refresh must be 0 or at least 2, got 1, which is full guidance.")
 
-    cosines: one list per sample, all of one length. share 0.5 saves 25 % of the evaluations. Where no threshold meets the share
-    exactly, the next higher one. Raises ValueError where even the warm-up guides more than that.
+
+def calibrate(cosines: Sequence[Sequence[float]], share: float = 0.5, warm_up: float = 0.2, refresh: int = 0) -> float:
+    """The threshold at which this share of all steps evaluates both branches, on average.
+
+    cosines: one list per sample, all of one length, recorded with AdaptiveGuidance(threshold=inf). share 0.5 saves 25 % of the evaluations.
+    Where no threshold meets the share exactly, the next higher one. Raises ValueError where even the warm-up takes more than that.
     """
     steps = {len(series) for series in cosines}
     if len(steps) != 1 or not min(steps):
         raise ValueError("cosines must hold one list per sample, of equal length and not empty; record them with threshold=math.inf.")
     check_number("share", share, 0.0, 1.0, above=True)
+    check_refresh(refresh)
     (total,) = steps
     first = leading(warm_up, total) - 1
-    if (first + 1) / total > share:
-        raise ValueError(f"share must be at least the warm-up's {(first + 1) / total:g}, got {share:g}.")
+    least = evaluated_share(cosines, -math.inf, first, refresh)
+    if least > share:
+        raise ValueError(f"share must be at least {least:g}, of the warm-up and what is refreshed after it, got {share:g}.")
     candidates = [*sorted({value for series in cosines for value in series[first:]}), math.inf]
-    return candidates[bisect_left(candidates, share, key=lambda threshold: guided_share(cosines, threshold, first))]
+    return candidates[bisect_left(candidates, share, key=lambda threshold: evaluated_share(cosines, threshold, first, refresh))]
 
 
-def guided_share(cosines: Sequence[Sequence[float]], threshold: float, first: int) -> float:
-    """The mean share of steps guided at that threshold; `first` is the index of the earliest step that may be the last guided one."""
+def evaluated_share(cosines: Sequence[Sequence[float]], threshold: float, first: int, refresh: int = 0) -> float:
+    """The mean share of steps that evaluate both branches; `first` is the index of the earliest step that may be the last guided one."""
     shares = []
     for series in cosines:
-        crossing = next((i for i, value in enumerate(series) if i >= first and value >= threshold), len(series) - 1)
-        shares.append((crossing + 1) / len(series))
+        guided = 1 + next((i for i, value in enumerate(series) if i >= first and value >= threshold), len(series) - 1)
+        refreshed = (len(series) - guided) // refresh if refresh else 0
+        shares.append((guided + refreshed) / len(series))
     return sum(shares) / len(shares)

@@ -121,6 +121,14 @@ def leading(fraction: float, steps: int) -> int:
     return max(1, round(fraction * steps))
 
 
+def guided_within(budget: float, steps: int) -> int:
+    """How many steps can evaluate both branches within a budget, a share of full guidance's 2 * steps. ValueError where none can."""
+    guided = int(budget * 2 * steps + 1e-9) - steps
+    if guided < 1:
+        raise ValueError(f"budget must be at least {(steps + 1) / (2 * steps):g}, for one guided step of {steps}, got {budget:g}.")
+    return guided
+
+
 def require_scale(run: GuidanceRun, what: str) -> float:
     """w. ValueError where the pipeline keeps it to itself and nobody told, or where it says that there is no guidance."""
     if run.guidance_scale is None:

@@ -3,25 +3,30 @@
 Paper: Castillo et al., "Adaptive Guidance", AAAI 2025 (2312.12487), section on the search; the relaxation is that of DARTS (1806.09055).
 
 Every step t chooses one option: the unconditional prediction alone (1 evaluation), the conditional one alone (1), or both, at one of
-several strengths (2). All are g = u + s (c - u): s = 0, s = 1, or the strength. Relaxed, with weights a:
+several strengths (2). All are g = u + s (c - u): s = 0, s = 1, or the strength. With a budget for K guided steps of T:
 
-    p_t = softmax(a_t / tau),   s_t = sum_o p_t,o s_o,   E = sum_t,o p_t,o cost_o
-    min_a |x_0(s) - x_0(w, ..., w)|^2 / |x_0(w, ..., w)|^2 + penalty max(0, E / 2T - budget)^2
+    guided: the K steps of greatest a_t, at the strength of greatest b_t,o;   the others: s = 0 or 1, whichever of e_t is greater
+    min_(a,b,e) |x_0(s) - x_0(w, ..., w)|^2 / |x_0(w, ..., w)|^2
 
-differentiated through the whole sampler; x_0(s) is the end of the trajectory, from the same noise. Then each step takes its strongest
-option, and where that exceeds the budget, the steps that cling least to their second evaluation give it up.
+differentiated through the whole sampler; x_0(s) is the end of the trajectory, from the same noise. Forward runs that choice, backward
+puts sigmoid(a), softmax(b) and softmax(e) in its place (straight-through). The search starts at guidance w in the first K steps.
 
-a -> `logits`; tau -> from 1 to `temperature`; w -> the pipeline's scale; s_o -> `strengths`, as multiples of w; T -> `steps`.
+a -> `gate`; b -> `strength`; e -> `alone`; w -> the pipeline's scale; strengths -> `strengths`, as multiples of w; T -> `steps`.
 
-Differences from the paper, and why: the mixture of options is linear in c and u, so one guided prediction of strength s_t is the whole
-mixture, and memory does not grow with the options. A mixture of "alone" and a great strength equals w at a lower expected cost, which no
-single option does; so tau falls during the search until p is nearly one choice. The budget is a bound rather than a price per evaluation.
+Differences from the paper, and why:
+
+1. The paper runs the mixture of all options, with a price on its expected evaluations. "Alone" and twice the strength, mixed half and half,
+   are full guidance at three quarters of its price, which no single option is: on exact predictions that relaxation ended at no guidance at
+   all. Here what runs is always a policy within the budget, and the few of least error are compared on the same batches at the end.
+2. Steps are scaled by the greatest gradient, not one by one as Adam does, which would raise the gates of steps that hardly matter as fast
+   as those of steps that do.
+3. A mixture is linear in c and u, so one prediction of strength s_t is all of it: memory does not grow with the options.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +38,7 @@ from torch import Tensor
 from diffalign.diffusion import sample_dot
 from diffalign.files import read_json, write_json
 from diffalign.methods.checks import check_integer, check_number
-from diffalign.methods.guidance import Guidance, Planned, require_same_identity, require_scale
+from diffalign.methods.guidance import Guidance, Planned, guided_within, require_same_identity, require_scale
 from diffalign.types import Branch, GuidanceRun
 
 UNCONDITIONAL, CONDITIONAL = 0.0, 1.0
@@ -57,26 +62,23 @@ class SearchSettings:
     budget: float = 0.75
     """In (0.5, 1]: evaluations, as a share of full guidance's 2T. Paper: a price on evaluations instead."""
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    """Multiples of w, above 0: the strengths of the guided options. Paper: k of them."""
+    """Multiples of w, above 0, with 1 among them: the strengths of the guided options. Paper: k of them."""
     iterations: int = 80
     """>= 1, each on a batch of its own. Paper: 10,000 pairs."""
-    lr: float = 0.2
-    """Above 0: Adam's, of the logits. Paper: not stated."""
-    penalty: float = 100.0
-    """>= 0: of the squared excess over the budget, which is a share."""
-    temperature: float = 0.1
-    """In (0, 1]: tau at the end, falling geometrically from 1. Paper: 1."""
+    lr: float = 0.3
+    """Above 0: the greatest change of a gate or a logit in the first iteration; it falls to zero linearly."""
+    finalists: int = 4
+    """>= 1: policies of least error that are compared on the same batches, as many as policies."""
 
     def __post_init__(self) -> None:
         check_number("budget", self.budget, 0.5, 1.0, above=True)
         check_integer("iterations", self.iterations, 1)
+        check_integer("finalists", self.finalists, 1)
         check_number("lr", self.lr, 0.0, above=True)
-        check_number("penalty", self.penalty, 0.0)
-        check_number("temperature", self.temperature, 0.0, 1.0, above=True)
-        if not self.strengths:
-            raise ValueError("strengths must hold at least one multiple of the guidance scale, as in (1.0,).")
         for strength in self.strengths:
             check_number("strengths", strength, 0.0, above=True)
+        if 1.0 not in self.strengths:
+            raise ValueError(f"strengths must hold 1.0, the pipeline's own guidance scale, got {self.strengths}.")
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,13 @@ class SearchedGuidance(Guidance):
         if not file.is_file():
             raise FileNotFoundError(f"there is no searched policy at {file}; make one with `diffalign train guidance-search --out {file}`")
         data = read_json(file)
-        if not isinstance(data, dict) or not isinstance(data.get("strengths"), list):
+        strengths = data.get("strengths") if isinstance(data, dict) else None
+        if not isinstance(strengths, list) or not all(isinstance(each, int | float) and each >= 0 for each in strengths):
             raise ValueError(f"{file} holds no searched policy; search again")
-        return cls(tuple(data["strengths"]), data.get("identity", {}), data.get("notes", {}))
+        return cls(tuple(strengths), data.get("identity", {}), data.get("notes", {}))
 
 
 class Strengths(Planned):
-    """One trajectory at given strengths."""
-
     def __init__(self, run: GuidanceRun, method: SearchedGuidance) -> None:
         super().__init__(run, [branch_of(strength) for strength in method.strengths])
         self.method = method
@@ -171,45 +172,79 @@ def search(
     """Finds a policy within the budget.
 
     sample(i, method): the end of the trajectories of batch i, the same prompts and noises whenever it is asked for, made with full guidance
-    where method is None and differentiable otherwise. progress(i, {"loss", "error", "evaluations"}) after every iteration.
+    where method is None and differentiable otherwise. progress(i, {"error": relative, of what ran, "policies": how many so far}).
     """
     settings = settings or SearchSettings()
     if guidance_scale <= 1:
         raise ValueError(f"guidance_scale must be above 1, got {guidance_scale:g}: one branch is evaluated then, and nothing to search.")
-    options = torch.tensor([UNCONDITIONAL, CONDITIONAL, *(guidance_scale * each for each in settings.strengths)])
-    costs = torch.tensor([2.0 if branch_of(s) == "both" else 1.0 for s in options.tolist()])
-    logits = torch.zeros(steps, len(options), requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=settings.lr)
+    guided, alone = torch.tensor([guidance_scale * each for each in settings.strengths]), torch.tensor([UNCONDITIONAL, CONDITIONAL])
+    logits = Logits.initial(steps, settings.strengths.index(1.0), len(guided))
+    allowed = guided_within(settings.budget, steps)
+    errors: dict[tuple[float, ...], list[float]] = {}
     for i in range(settings.iterations):
-        tau = settings.temperature ** (i / max(settings.iterations - 1, 1))
         with torch.no_grad():
             target = sample(i, None).float()
         with torch.enable_grad():
-            p = torch.softmax(logits / tau, dim=1)
-            relaxed = RelaxedGuidance(p @ options)
-            end = sample(i, relaxed).float()
-            error = (sample_dot(end - target, end - target) / sample_dot(target, target)).mean()
-            share = (p @ costs).sum() / (2 * steps)
-            loss = error + settings.penalty * torch.relu(share - settings.budget) ** 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            strengths = logits.strengths(guided, alone, allowed)
+            relaxed = RelaxedGuidance(strengths)
+            error = relative_square(sample(i, relaxed).float(), target)
+            gradients = torch.autograd.grad(error, logits.tensors())
+        if not relaxed.run.unconditional_alone:  # no step starts there, so the first iteration may not know
+            alone = torch.full_like(alone, CONDITIONAL)
+        rate = settings.lr * (1 - i / settings.iterations) / max(1e-12, *(float(each.abs().max()) for each in gradients))
+        for tensor, gradient in zip(logits.tensors(), gradients, strict=True):
+            tensor.data -= rate * gradient
+        errors.setdefault(tuple(strengths.detach().tolist()), []).append(float(error.detach()))
         if progress is not None:
-            values = {"loss": loss, "error": error.sqrt(), "evaluations": share * 2 * steps}
-            progress(i, {name: float(value.detach()) for name, value in values.items()})
-    chosen = choose(logits.detach().tolist(), options.tolist(), settings.budget)
-    identity = dict(relaxed.run.identity()) if relaxed.run is not None else {}
-    return SearchedGuidance(tuple(chosen), identity, {"settings": asdict(settings)})
+            progress(i, {"error": float(error.detach()) ** 0.5, "policies": float(len(errors))})
+    finalists = sorted(errors, key=lambda policy: sum(errors[policy]) / len(errors[policy]))[: settings.finalists]
+    scores = {}
+    with torch.no_grad():
+        targets = [sample(i, None).float() for i in range(settings.finalists)]
+        for policy in finalists:
+            ends = [sample(i, RelaxedGuidance(torch.tensor(policy))).float() for i in range(settings.finalists)]
+            scores[policy] = sum(float(relative_square(end, target)) for end, target in zip(ends, targets, strict=True)) / len(ends)
+    chosen = min(finalists, key=scores.__getitem__)
+    notes = {"settings": asdict(settings), "error": scores[chosen] ** 0.5, "policies": len(errors)}
+    return SearchedGuidance(chosen, dict(relaxed.run.identity()), notes)
 
 
-def choose(logits: Sequence[Sequence[float]], options: Sequence[float], budget: float) -> list[float]:
-    """Each step's strongest option, with as many guided steps as the budget (a share of 2T) allows: those that gain most by it."""
+def relative_square(end: Float[Tensor, "b ..."], target: Float[Tensor, "b ..."]) -> Float[Tensor, ""]:
+    """|end - target|^2 / |target|^2, mean over samples."""
+    return (sample_dot(end - target, end - target) / sample_dot(target, target)).mean()
 
-    def best(row: Sequence[float], guided: bool) -> int:
-        return max((o for o, s in enumerate(options) if (branch_of(s) == "both") is guided), key=lambda o: row[o])
 
-    pairs = [(best(row, True), best(row, False)) for row in logits]
-    margins = [row[guided] - row[alone] for row, (guided, alone) in zip(logits, pairs, strict=True)]
-    allowed = int(budget * 2 * len(logits) + 1e-9) - len(logits)
-    keep = set(sorted((step for step, margin in enumerate(margins) if margin > 0), key=lambda step: -margins[step])[:allowed])
-    return [options[guided if step in keep else alone] for step, (guided, alone) in enumerate(pairs)]
+@dataclass
+class Logits:
+    """What is searched: a gate for each step, and logits over its strengths and over what it does alone."""
+
+    gate: Float[Tensor, " t"]
+    strength: Float[Tensor, "t k"]
+    alone: Float[Tensor, "t 2"]
+
+    @classmethod
+    def initial(cls, steps: int, own: int, strengths: int) -> Logits:
+        """Guidance at the pipeline's own scale, in the leading steps; c where one branch is evaluated."""
+        tensors = torch.zeros(steps), torch.zeros(steps, strengths), torch.zeros(steps, 2)
+        tensors[1][:, own], tensors[2][:, 1] = 1.0, 1.0
+        return cls(*(each.requires_grad_() for each in tensors))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gate, self.strength, self.alone
+
+    def strengths(self, guided: Float[Tensor, " k"], alone: Float[Tensor, " 2"], allowed: int) -> Float[Tensor, " t"]:
+        """The strength of every step under the choice that these logits stand for, with gradients as if it were relaxed."""
+        keep = torch.zeros_like(self.gate)
+        keep[self.gate.detach().argsort(descending=True, stable=True)[:allowed]] = 1.0
+        keep = _straight_through(keep, torch.sigmoid(self.gate))
+        return keep * (_hard(self.strength) @ guided) + (1 - keep) * (_hard(self.alone) @ alone)
+
+
+def _hard(logits: Float[Tensor, "t k"]) -> Float[Tensor, "t k"]:
+    chosen = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
+    return _straight_through(chosen, torch.softmax(logits, dim=1))
+
+
+def _straight_through(value: Tensor, relaxed: Tensor) -> Tensor:
+    """`value` exactly, with the gradient of `relaxed`."""
+    return value + (relaxed - relaxed.detach())

@@ -14,8 +14,10 @@ Differences from the paper, and why:
    coefficients of opposite signs, which amplify the error of whatever they are applied to.
 2. What is predicted is d, as g = c + (w - 1) d amplifies its error by w - 1: the residual is reported as a share of |d|.
 3. Ridge (lambda = `ridge`) on columns scaled to unit RMS; only the last `window` steps of which both branches were evaluated enter.
-4. Only sums of products are kept (m x m for each step), in float64, not the trajectories.
-5. A fifth of the samples is held out. A step whose residual there exceeds `limit` of |d| is evaluated rather than predicted.
+4. A fifth of the samples is held out. A step of the guided part whose residual there exceeds `limit` of |d| is evaluated instead. A step
+   that prediction would harm (residual above 1) is not guided, so that a tail never costs more than planned.
+5. `budget`: the steps that are evaluated may be chosen by the fit instead, for the least error within a number of evaluations. Where
+   guidance matters to the end, as in the shapes world, the paper's plan spends nothing where it is needed.
 6. The coefficients carry the identity of what they were fitted to, and a run that differs is refused with the reasons.
 """
 
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from diffalign.files import read_json, whole_folder, write_json
 from diffalign.methods.checks import check_integer, check_number
-from diffalign.methods.guidance import Guidance, Planned, leading, require_same_identity, require_scale
+from diffalign.methods.guidance import Guidance, Planned, require_same_identity, require_scale
 from diffalign.types import Branch, GuidanceRun
 
 TENSORS, DESCRIPTION = "linear_guidance.safetensors", "linear_guidance.json"
@@ -49,12 +51,14 @@ class LinearSettings:
     """>= 2: of that part every period-th step evaluates both branches. Paper: 2."""
     tail: Literal["conditional", "estimate"] = "conditional"
     """After that part: no guidance, or predicted guidance; the cost is the same. Paper: accounts differ."""
+    budget: float | None = None
+    """In (0.5, 1], of full guidance's 2T evaluations: the fit chooses the plan, and the three above do not count. Paper: None."""
     window: int = 2
     """>= 1: evaluated steps that enter a prediction. Paper: all."""
     ridge: float = 1e-5
     """lambda >= 0, on columns of unit RMS. Paper: 0."""
     limit: float = 0.25
-    """Above 0: the greatest residual on held-out samples, as a share of |d|, at which a step is predicted. Paper: none."""
+    """Above 0: the greatest residual, as a share of |d|, at which a step of the leading part is predicted; without budget. Paper: none."""
 
     def __post_init__(self) -> None:
         check_number("share", self.share, 0.0, 1.0)
@@ -62,64 +66,19 @@ class LinearSettings:
         check_integer("window", self.window, 1)
         check_number("ridge", self.ridge, 0.0)
         check_number("limit", self.limit, 0.0, above=True)
+        if self.budget is not None:
+            check_number("budget", self.budget, 0.5, 1.0, above=True)
         if self.tail not in ("conditional", "estimate"):
             raise ValueError(f"tail must be 'conditional' or 'estimate', got {self.tail!r}.")
 
-    def branches(self, steps: int) -> list[Branch]:
-        lead = leading(self.share, steps)
-        return ["both" if step < lead and step % self.period == 0 else "conditional" for step in range(steps)]
 
-    def predicted(self, steps: int) -> list[int]:
-        """The steps whose unconditional branch is to be predicted."""
-        end = steps if self.tail == "estimate" else leading(self.share, steps)
-        return [step for step, branch in enumerate(self.branches(steps)) if branch == "conditional" and step < end]
-
-
-def features(c: Tensor, past: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "m b ..."]:
-    """The columns of the regression, float32: past d's, latest first; the steps between successive c's, the same; and c itself.
+def features(c: Tensor, past: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "m ..."]:
+    """The columns of the regression: past d's, latest first; the steps between successive c's, the same; and c itself.
 
     past: (c, d) of the evaluated steps that count, latest first.
     """
     chain = [c, *(each for each, _ in past)]
-    changes = [later - earlier for later, earlier in pairwise(chain)]
-    return torch.stack([*(d for _, d in past), *changes, c]).float()
-
-
-@dataclass
-class Sums:
-    """Sums of products over samples and entries, for one step: Gram matrix of the columns, their products with d, |d|^2, entries."""
-
-    gram: Tensor
-    right: Tensor
-    target: float = 0.0
-    entries: int = 0
-
-    @classmethod
-    def zeros(cls, columns: int) -> Sums:
-        return cls(torch.zeros(columns, columns, dtype=torch.float64), torch.zeros(columns, dtype=torch.float64))
-
-    def add(self, columns: Float[Tensor, "m b ..."], d: Float[Tensor, "b ..."]) -> None:
-        matrix, vector = columns.flatten(1).double(), d.flatten().double()
-        self.merge(Sums((matrix @ matrix.T).cpu(), (matrix @ vector).cpu(), float(vector @ vector), vector.numel()))
-
-    def merge(self, other: Sums) -> None:
-        self.gram, self.right = self.gram + other.gram, self.right + other.right
-        self.target, self.entries = self.target + other.target, self.entries + other.entries
-
-    def solve(self, ridge: float) -> Float[Tensor, " m"]:
-        """argmin_b |d - sum b_i f_i|^2 / |d|^2 + ridge |b'|^2, b' being the coefficients of columns and d scaled to unit RMS."""
-        scale = (self.gram.diagonal() / max(self.entries, 1)).sqrt()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        gram = self.gram / (scale[:, None] * scale[None, :] * max(self.entries, 1))
-        right = self.right / (scale * max(self.entries, 1))
-        gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-        # not `solve`: without ridge the matrix may be singular
-        return torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0] / scale
-
-    def residual(self, coefficients: Float[Tensor, " m"]) -> float:
-        """|d - sum b_i f_i| / |d|."""
-        squared = self.target - 2 * float(coefficients @ self.right) + float(coefficients @ self.gram @ coefficients)
-        return (max(squared, 0.0) / self.target) ** 0.5 if self.target > 0 else 0.0
+    return torch.stack([*(d for _, d in past), *(later - earlier for later, earlier in pairwise(chain)), c])
 
 
 @dataclass(frozen=True)
@@ -192,20 +151,18 @@ class Predict(Planned):
     def __init__(self, run: GuidanceRun, coefficients: LinearCoefficients) -> None:
         super().__init__(run, coefficients.branches)
         self.coefficients = coefficients
-        self.remembered = coefficients.settings.branches(run.steps)
         self.past: list[tuple[Tensor, Tensor]] = []
 
     def observe(self, step: int, x: Tensor, c: Tensor, u: Tensor) -> None:
         if step == 0:
             require_same_identity("the LinearAG fit", self.coefficients.identity, self.run.identity())
-        if self.remembered[step] == "both":  # not a step that is evaluated only because it could not be predicted
-            self.past = [(c.detach(), (c - u).detach()), *self.past][: self.coefficients.settings.window]
+        self.past = [(c.detach().float(), (c - u).detach().float()), *self.past][: self.coefficients.settings.window]
 
     def estimate(self, step: int, x: Tensor, c: Tensor) -> Tensor:
         weights = self.coefficients.by_step.get(step)
         if weights is None:
             return c
-        columns = features(c, self.past)
+        columns = features(c.float(), self.past)
         return c - torch.tensordot(weights.to(columns.device, columns.dtype), columns, dims=1).to(c.dtype)
 
     def switch(self) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from diffalign.methods.adaptive_guidance import AdaptiveGuidance, calibrate, guided_share
+from diffalign.methods.adaptive_guidance import AdaptiveGuidance, calibrate, evaluated_share
 from diffalign.methods.guidance import cosine, direction, resolve_space
 from diffalign.types import GuidanceRun
 from tests.methods.guidance_toy import Toy, relative_error
@@ -130,9 +130,39 @@ def test_per_sample_and_all():
     assert together.plan(2) == ["conditional"] * 3
 
 
-def test_a_batch_is_its_samples_alone():
+def test_a_stopped_sample_keeps_its_difference_and_refreshes_it():
+    """Samples 0 and 2 reach the threshold at step 0 and sample 1 at step 1; every third step of each evaluates both branches again."""
+    policy = AdaptiveGuidance(threshold=0.9, warm_up=0.0, refresh=3).begin(run_of(3))
+    angles = {0: (0, 90, 20), 1: (20,), 3: (40, 50), 4: (60,), 6: (10, 70), 7: (80,)}
+    kept = torch.zeros(3, 2)
+    for step in range(8):
+        rows = [row for row, branch in enumerate(policy.plan(step)) if branch == "both"]
+        assert rows == {0: [0, 1, 2], 1: [1], 3: [0, 2], 4: [1], 6: [0, 2], 7: [1]}.get(step, [])
+        c = torch.tensor([[1.0, 0.0]]).repeat(3, 1) * (step + 1)
+        u = at_angle(*angles[step])[1] if rows else torch.zeros(0, 2)
+        new_c, new_u = policy.complete(step, torch.zeros(3, 2), c, u)
+        assert new_c is c
+        if rows:
+            kept[rows] = c[rows] - u
+        torch.testing.assert_close(new_u, c - kept)
+    assert [len(series) for series in policy.diagnostics["cosine"]] == [3, 4, 3]
+    assert policy.diagnostics["settled_after"] == [[1], [2], [1]]
+
+
+def test_a_change_of_network_makes_the_difference_old():
+    policy = AdaptiveGuidance(threshold=0.5, warm_up=0.0, refresh=5).begin(run_of(2))
+    c, u = at_angle(0, 0)
+    policy.complete(0, c, c, u)
+    assert policy.plan(1) == ["conditional"] * 2
+    policy.switch()
+    assert policy.plan(1) == ["both"] * 2
+    policy.complete(1, c, c, u)
+    assert policy.plan(2) == ["conditional"] * 2
+
+
+@pytest.mark.parametrize("method", [AdaptiveGuidance(threshold=0.99), AdaptiveGuidance(threshold=0.9, refresh=3)])
+def test_a_batch_is_its_samples_alone(method):
     toy = Toy()
-    method = AdaptiveGuidance(threshold=0.99)
     together, evaluations, _ = toy.run(method, samples=6)
     assert len(set(evaluations)) > 1  # they stop at different steps
     for row in range(6):
@@ -167,7 +197,9 @@ def test_calibration_meets_the_share():
 def test_calibration_by_hand():
     cosines = [[0.1, 0.5, 0.9, 1.0], [0.2, 0.8, 0.95, 1.0]]
     assert calibrate(cosines, share=0.5, warm_up=0.25) == 0.5
-    assert guided_share(cosines, 0.5, 0) == 0.5
+    assert evaluated_share(cosines, 0.5, 0) == 0.5
+    assert evaluated_share(cosines, 0.5, 0, refresh=2) == 0.75
+    assert calibrate(cosines, share=0.75, warm_up=0.25, refresh=2) == 0.5
     assert calibrate(cosines, share=0.51, warm_up=0.25) == 0.8
     assert calibrate(cosines, share=1.0, warm_up=0.25) == 1.0
     assert calibrate([[0.1, 0.2, 0.1, 0.1]], share=1.0) == math.inf
@@ -194,6 +226,8 @@ def test_the_threshold_comes_from_the_caller_then_the_model_then_a_warned_fallba
         ({"warm_up": 1.5}, "warm_up must be"),
         ({"patience": 0}, "patience must be"),
         ({"decision": "mean"}, "decision must be"),
+        ({"refresh": 1}, "refresh must be 0 or at least 2, got 1"),
+        ({"refresh": -2}, "refresh must be an integer of at least 0"),
     ],
 )
 def test_wrong_settings_get_a_sentence(settings, message):

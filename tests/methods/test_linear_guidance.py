@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffalign.methods.guidance_rivals import DeltaReuse, FixedFraction
-from diffalign.methods.linear_guidance import DESCRIPTION, LinearCoefficients, LinearGuidance, LinearSettings, Sums, features
-from diffalign.methods.linear_guidance_fit import LinearFit
+from diffalign.methods.linear_guidance import DESCRIPTION, LinearCoefficients, LinearGuidance, LinearSettings, features
+from diffalign.methods.linear_guidance_fit import LinearFit, Products, Sums, influence
 from tests.methods.guidance_toy import Toy, relative_error
 
 
@@ -30,41 +30,56 @@ def test_features_span_past_predictions():
     torch.testing.assert_close(columns, torch.stack([d1, d2, c - c1, c1 - c2, c]))
 
 
+def sums_of(columns, d):
+    """columns "m n", d "n", in float32."""
+    columns, d = columns.double(), d.double()
+    return Sums(columns @ columns.T, columns @ d, float(d @ d), d.numel())
+
+
 def test_sums_solve_least_squares():
     generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(3, 5, 40, generator=generator)
-    truth = torch.tensor([2.0, -1.0, 0.5])
-    d = torch.tensordot(truth, columns, dims=1) + 0.1 * torch.randn(5, 40, generator=generator)
-    sums = Sums.zeros(3)
-    for row in range(5):
-        sums.add(columns[:, row : row + 1], d[row : row + 1])
+    columns = torch.randn(3, 200, generator=generator)
+    d = torch.tensor([2.0, -1.0, 0.5]) @ columns + 0.1 * torch.randn(200, generator=generator)
+    sums = sums_of(columns, d)
     found = sums.solve(ridge=0.0)
-    expected = torch.linalg.lstsq(columns.flatten(1).T.double(), d.flatten()[:, None].double()).solution[:, 0]
+    expected = torch.linalg.lstsq(columns.T.double(), d[:, None].double()).solution[:, 0]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    residual = (d.flatten().double() - expected @ columns.flatten(1).double()).norm() / d.double().norm()
-    assert sums.residual(found) == pytest.approx(float(residual), rel=1e-5)
+    missed = (d.double() - expected @ columns.double()).square().mean().sqrt()
+    assert sums.residual(found) == pytest.approx(float(missed), rel=1e-5)
 
 
 def test_ridge_by_hand():
-    """One column f = d = (3, 4): RMS scaling makes both unit, so b = 1 / (1 + lambda)."""
-    sums = Sums.zeros(1)
-    sums.add(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[3.0, 4.0]]))
+    """One column f = d = (3, 4): RMS scaling makes both unit, so b = 1 / (1 + lambda), and half of an RMS of 5 / sqrt(2) is missed."""
+    sums = sums_of(torch.tensor([[3.0, 4.0]]), torch.tensor([3.0, 4.0]))
     assert float(sums.solve(ridge=0.0)) == pytest.approx(1.0)
     assert float(sums.solve(ridge=1.0)) == pytest.approx(0.5)
-    assert sums.residual(torch.tensor([0.5], dtype=torch.float64)) == pytest.approx(0.5)
+    assert sums.residual(torch.tensor([0.5], dtype=torch.float64)) == pytest.approx(2.5 / 2**0.5)
 
 
 def test_collinear_columns_get_small_coefficients():
     """f2 = f1 + 1e-4 n and d = f1 + 1e-3 n: least squares answers -9 and 10, ridge shares the weight."""
-    base, noise = torch.randn(2, 1, 1000, generator=torch.Generator().manual_seed(0))
+    base, noise = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
     columns, d = torch.stack([base, base + 1e-4 * noise]), base + 1e-3 * noise
-    sums = Sums.zeros(2)
-    sums.add(columns, d)
-    assert sums.solve(ridge=0.0).tolist() == pytest.approx([-9.0, 10.0], abs=0.1)
-    assert sums.solve(ridge=1e-5).tolist() == pytest.approx([0.5, 0.5], abs=0.02)
-    dead = Sums.zeros(2)
-    dead.add(torch.stack([base, torch.zeros_like(base)]), d)
-    assert dead.solve(ridge=1e-5)[1] == 0.0
+    assert sums_of(columns, d).solve(ridge=0.0).tolist() == pytest.approx([-9.0, 10.0], abs=0.1)
+    assert sums_of(columns, d).solve(ridge=1e-5).tolist() == pytest.approx([0.5, 0.5], abs=0.02)
+    assert sums_of(torch.stack([base, torch.zeros_like(base)]), d).solve(ridge=1e-5)[1] == 0.0
+
+
+def test_products_hold_every_regression():
+    """The sums for any step and any past are those of the features themselves."""
+    generator = torch.Generator().manual_seed(0)
+    c, d = torch.randn(2, 6, 3, 40, generator=generator)  # 6 steps, 3 samples
+    c[5], d[4] = c[4] + 1e-3 * c[5], 1e-4 * d[4]
+    products = Products.zeros(6)
+    for sample in range(3):
+        products.add(torch.cat([c[:, sample], d[:, sample]]))
+    for step, past in ((5, (4, 1)), (4, (3,)), (3, (2, 1, 0))):
+        columns = features(c[step], [(c[each], d[each]) for each in past]).flatten(1)
+        expected, found = sums_of(columns, d[step].flatten()), products.sums(step, past)
+        torch.testing.assert_close(found.gram, expected.gram, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(found.right, expected.right, rtol=1e-5, atol=1e-9)
+        assert (found.target, found.entries) == (pytest.approx(expected.target), 120)
+        assert products.rms(step) == pytest.approx(float(d[step].square().mean().sqrt()))
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------------------
@@ -72,11 +87,15 @@ def test_collinear_columns_get_small_coefficients():
 
 @pytest.mark.parametrize(("steps", "evaluations"), [(20, 25), (50, 63), (8, 10)])
 def test_the_plan_of_the_paper(steps, evaluations):
-    branches = LinearSettings().branches(steps)
-    assert sum(2 if branch == "both" else 1 for branch in branches) == evaluations
-    assert branches[0] == "both"
-    assert LinearSettings().predicted(8) == [1, 3]
-    assert LinearSettings(tail="estimate").predicted(8) == [1, 3, 4, 5, 6, 7]
+    fit = LinearFit(LinearSettings(limit=10.0))
+    toy = Toy(steps=steps)
+    toy.run(fit)
+    for tail, end in (("conditional", steps // 2), ("estimate", steps)):
+        coefficients = fit.solve(LinearSettings(limit=10.0, tail=tail))
+        evaluated = [step for step, branch in enumerate(coefficients.branches) if branch == "both"]
+        assert evaluated == list(range(0, steps // 2, 2))
+        assert set(coefficients.residuals) == set(range(end)) - set(evaluated)
+        assert toy.run(LinearGuidance(coefficients))[1] == [evaluations] * 8
 
 
 def test_saves_a_third_and_beats_the_rivals_at_equal_cost():
@@ -123,23 +142,123 @@ def test_a_step_that_cannot_be_predicted_is_evaluated(caplog):
     assert all(0 < value < 1 for value in loose.residuals.values())
 
 
-def test_an_evaluated_step_does_not_shift_the_window_of_later_ones():
+def test_a_step_that_is_evaluated_after_all_serves_the_later_ones():
+    """Steps 1 and 3 cannot be predicted within 1e-6 of |d|; step 4 is then predicted from 3 and 2, not from 2 and 0."""
     toy = Toy(steps=8)
-    loose = fitted(toy, LinearSettings(limit=10.0))
-    partly = replace(loose, branches=("both", "both", *loose.branches[2:]), by_step={3: loose.by_step[3]})
-    seen = []
-    policy_run = toy.run(LinearGuidance(partly))
-    policy = policy_run[2]
-    seen = policy.past
-    assert len(seen) == 2
-    assert sum(policy_run[1]) == 8 * (8 + 3)
+    coefficients = fitted(toy, LinearSettings(limit=1e-6, tail="estimate"))
+    assert [step for step, branch in enumerate(coefficients.branches) if branch == "both"] == [0, 1, 2, 3]
+    policy = toy.run(LinearGuidance(coefficients))[2]
+    assert len(policy.past) == 2
+    policy.past = []
+    c, d = torch.randn(2, 5, 8, 16, generator=torch.Generator().manual_seed(0))
+    for step in range(4):
+        policy.complete(step, c[step], c[step], c[step] - d[step])
+    columns = features(c[4], [(c[3], d[3]), (c[2], d[2])])
+    expected = c[4] - torch.tensordot(coefficients.by_step[4].float(), columns, dims=1)
+    torch.testing.assert_close(policy.complete(4, c[4], c[4], c[4][:0])[1], expected)
 
 
-def test_tail_by_estimate_uses_coefficients_to_the_end():
-    toy = Toy(steps=8)
-    coefficients = fitted(toy, LinearSettings(tail="estimate", limit=10.0))
-    assert set(coefficients.by_step) == {1, 3, 4, 5, 6, 7}
-    assert toy.run(LinearGuidance(coefficients))[1] == [10] * 8
+# --- the plan that the fit chooses --------------------------------------------------------------------------------------------------
+
+
+def test_the_chosen_plan_is_the_best_of_all():
+    """Against every plan of 3 evaluated steps of 7, by hand."""
+    toy, fit = Toy(steps=7), LinearFit(LinearSettings())
+    toy.run(fit, samples=40)
+    settings = LinearSettings(budget=10 / 14)
+
+    def error(plan):
+        total = 0.0
+        for step in set(range(7)) - set(plan):
+            past = tuple(sorted((each for each in plan if each < step), reverse=True)[:2])
+            total += fit.weights[step] * fit.all.rms(step) * min(1.0, fit._fit(step, past, settings.ridge)[1])
+        return total
+
+    best = min(((0, i, j) for i in range(1, 7) for j in range(i + 1, 7)), key=error)
+    coefficients = fit.solve(settings)
+    assert tuple(step for step, branch in enumerate(coefficients.branches) if branch == "both") == best
+    assert set(coefficients.residuals) == set(range(7)) - set(best)
+    with pytest.raises(ValueError, match=r"budget must be at least 0.571429, for one guided step of 7, got 0.55"):
+        fit.solve(LinearSettings(budget=0.55))
+
+
+def test_the_chosen_plan_keeps_its_budget_and_is_near():
+    toy, fit = Toy(), LinearFit(LinearSettings())
+    for seed in (100, 101):
+        toy.run(fit, samples=50, seed=seed)
+    full, cost, _ = toy.run(None, samples=64)
+    errors = []
+    for budget in (0.55, 0.65, 0.8):
+        linear, evaluations, _ = toy.run(LinearGuidance(fit.solve(LinearSettings(budget=budget))), samples=64)
+        assert sum(evaluations) / sum(cost) == budget
+        errors.append(relative_error(linear, full))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.01
+    fixed = toy.run(FixedFraction(fraction=0.3), samples=64)[0]
+    assert errors[1] < 0.2 * relative_error(fixed, full)
+
+
+def test_influence_is_what_an_error_moves():
+    """One step's output off by a little, the others as they were: how far x ends, as a share of what all steps move it by."""
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        toy = Toy(steps=6, prediction=prediction)
+        run = LinearFit().begin(toy_run(toy)).run
+        outputs = torch.randn(6, 1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+        def end(changed=None, toy=toy, outputs=outputs):
+            x = torch.zeros(1, 16, dtype=torch.float64)
+            for step in range(6):  # in epsilon, as the other outputs say x0 and epsilon only together with x
+                a, s = toy.signal[step], toy.noise[step]
+                output = outputs[step] + (1e-3 if step == changed else 0.0)
+                eps = {"epsilon": output, "v_prediction": a * output, "sample": -a / s * output}[toy.prediction]
+                x0 = (x - s * eps) / a
+                later = (toy.signal[step + 1], toy.noise[step + 1]) if step < 5 else (1.0, 0.0)
+                x = later[0] * x0 + later[1] * eps
+            return x
+
+        moved = torch.stack([(end(step) - end()).norm() for step in range(6)])
+        found = torch.tensor(influence(run), dtype=torch.float64)
+        torch.testing.assert_close(found / found.sum(), moved / moved.sum(), rtol=1e-6, atol=1e-9)
+    assert influence(replace(run, prediction="unknown")) == [1.0] * 6
+    assert influence(replace(run, noise=())) == [1.0] * 6
+    flow = replace(run, prediction="flow", noise=(1.0, 0.8, 0.5, 0.4, 0.2, 0.1))
+    assert influence(flow) == pytest.approx([0.2, 0.3, 0.1, 0.2, 0.1, 0.1])
+
+
+def toy_run(toy):
+    recording = FixedFraction()
+    return toy.run(recording, samples=1)[2].run
+
+
+# --- what cannot be predicted -------------------------------------------------------------------------------------------------------
+
+
+def test_a_tail_step_that_prediction_would_harm_is_not_guided(caplog):
+    """And costs what was planned. At the last steps of this toy guidance is nothing but rounding, which nothing predicts."""
+    toy, fit = Toy(steps=8), LinearFit(LinearSettings(tail="estimate", limit=10.0))
+    toy.run(fit, samples=40)
+    fit.held_out.matrix[8 + 5, :] = fit.held_out.matrix[:, 8 + 5] = 0.0  # those held out have guidance at step 5 unlike the others'
+    fit.held_out.matrix[8 + 5, 8 + 5] = 2.0 * fit.held_out.entries * fit.all.rms(5) ** 2
+    coefficients = fit.solve()
+    assert coefficients.residuals[5] > 1
+    assert "misses step 5" in caplog.text
+    assert "not be guided" in caplog.text
+    assert 5 not in coefficients.by_step
+    assert {1, 3, 4} <= set(coefficients.by_step)
+    _, evaluations, policy = toy.run(LinearGuidance(coefficients))
+    assert evaluations == [10] * 8
+    c = torch.randn(8, 16)
+    assert policy.complete(5, c, c, c[:0])[1] is c
+
+
+def test_residuals_are_in_units_of_all_samples():
+    """Of 20 samples those held out have a thousandth of the others' guidance at step 5 of 8, so missing all of it is missing little."""
+    toy, fit = Toy(steps=8), LinearFit(LinearSettings(tail="estimate", limit=10.0))
+    toy.run(fit, samples=20)
+    assert fit.held_out.rms(5) < 1e-3 * fit.fitted.rms(5)
+    coefficients, missed = fit._fit(5, (2, 0), 1e-5)
+    assert missed == pytest.approx(fit.held_out.sums(5, (2, 0)).residual(coefficients) / fit.all.rms(5))
+    assert missed < 1
 
 
 # --- storage and refusal ------------------------------------------------------------------------------------------------------------
@@ -190,7 +309,9 @@ def test_fitting_is_refused_where_it_cannot_be():
         Toy(steps=8).run(LinearGuidance(fit.solve()))[2].switch()
 
 
-@pytest.mark.parametrize("settings", [{"share": 1.2}, {"period": 1}, {"window": 0}, {"ridge": -1.0}, {"limit": 0.0}, {"tail": "none"}])
+@pytest.mark.parametrize(
+    "settings", [{"share": 1.2}, {"period": 1}, {"window": 0}, {"ridge": -1.0}, {"limit": 0.0}, {"tail": "none"}, {"budget": 0.5}]
+)
 def test_wrong_settings_get_a_sentence(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
         LinearSettings(**settings)
