@@ -40,10 +40,10 @@ def _told(source: str) -> Iterator[None]:
     if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or os.sep not in source):
         raise FileNotFoundError(f"there is no folder {source}; give a folder of a transformers model or a hub id, owner/name")
     # The hub reports each retry, transformers each tensor that does not match; of both the caller says what matters.
-    loud = [logging.getLogger("huggingface_hub"), logging.getLogger("transformers.modeling_utils")]
-    levels, bars = [each.level for each in loud], transformers_logging.is_progress_bar_enabled()
+    loud = [logging.getLogger("huggingface_hub.utils._http"), logging.getLogger("transformers.modeling_utils")]
+    bars = transformers_logging.is_progress_bar_enabled()
     for each in loud:
-        each.setLevel(logging.ERROR)
+        each.addFilter(_errors_alone)  # a level would make transformers report more: it asks for the level before some checks
     transformers_logging.disable_progress_bar()
     try:
         yield
@@ -52,7 +52,11 @@ def _told(source: str) -> Iterator[None]:
         what = "its folder is not complete" if Path(source).is_dir() else "check the name and the connection, or give a folder"
         raise OSError(f"could not load {source!r} ({reason}); {what}") from error
     finally:
-        for each, level in zip(loud, levels, strict=True):
-            each.setLevel(level)
+        for each in loud:
+            each.removeFilter(_errors_alone)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _errors_alone(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

@@ -39,10 +39,18 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A scorer and the items that it judges."""
+    """A scorer and the items that it judges. `positions`: where these stand among all of the run, which decides their shards.
+
+    An image is judged by the shard that makes it: the others may not have it yet, or at all.
+    """
 
     scorer: Scorer
     items: Sequence[Item]
+    positions: Sequence[int] | None = None
+
+    def part(self, shard: Shard) -> list[Item]:
+        positions = range(len(self.items)) if self.positions is None else self.positions
+        return [item for item, position in zip(self.items, positions, strict=True) if position % shard.count == shard.index]
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def score_missing(
         progress(len(batch))
         batch.clear()
 
-    for item in shard.of(task.items):
+    for item in task.part(shard):
         found = images.find(item)
         if found is None:
             faults.append(Fault(item.name, "missing"))

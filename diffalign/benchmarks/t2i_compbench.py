@@ -75,7 +75,8 @@ class T2ICompBench:
             if not scorers or (category == COMPLEX and (sorted(names) != sorted(PARTS_OF_COMPLEX) or self.kinds is None)):
                 needed = f"{', '.join(PARTS_OF_COMPLEX)} and the lists of kinds" if category == COMPLEX else CATEGORIES[category].scorer
                 raise ValueError(f"judging {category} needs {needed}; got {', '.join(names) or 'none'}")
-            tasks += [Task(scorer, [item for item in items if item.task == category]) for scorer in scorers]
+            positions = [position for position, item in enumerate(items) if item.task == category]
+            tasks += [Task(scorer, [items[position] for position in positions], positions) for scorer in scorers]
         return tasks
 
     def score(self, folder: Path) -> list[dict[str, Any]]:

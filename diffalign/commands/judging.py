@@ -133,7 +133,7 @@ def judge(args: argparse.Namespace, benchmark: Any, methods: Sequence[str | Path
     from diffalign.benchmarks.scoring import score_missing
 
     tasks = benchmark.tasks()
-    total = len(methods) * sum(len(shard.of(task.items)) for task in tasks)
+    total = len(methods) * sum(len(task.part(shard)) for task in tasks)
     with tqdm(total=total, unit="image", desc="judging", disable=None) as bar:
         for name in methods:
             for task in tasks:
