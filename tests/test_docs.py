@@ -49,6 +49,19 @@ def test_an_image_is_scored_as_the_page_on_scoring_says(monkeypatch):
     assert 0 < scope["scores"].item() < 1
 
 
+def test_the_mix_of_the_page_on_mixing_climbs():
+    if not all((WEIGHTS / name).is_dir() for name in ("shapes-turbo", "shapes-clip", "shapes-preference", "shapes-aesthetic")):
+        pytest.skip("the models are not trained yet: there is no diffalign/shapes/weights")
+    (block,) = code("docs/reward_mixing.md")
+    scope: dict = {}
+    exec(compile(block, "docs/reward_mixing.md", "exec"), scope)
+    rewards = scope["out"].trace.rewards
+    totals = rewards["total"][0]
+    assert max(totals) > totals[0]
+    units = scope["reward"].units({name: torch.tensor(rewards[name][0]) for name in scope["models"]}, [scope["prompt"]] * len(totals))
+    torch.testing.assert_close(torch.stack(list(units.values())).amin(0), torch.tensor(totals), atol=1e-3, rtol=0)
+
+
 class Nearness:
     """A reward with no gradient: minus the distance of an image's mean from its prompt, read as a number."""
 
