@@ -47,6 +47,16 @@ class Annotations:
                 f"the phrase list made by {self.made_by} lacks the prompt {prompt!r}; make it again for these prompts"
             ) from None
 
+    def beside(self, older: Annotations | None) -> Annotations:
+        """These and the older ones. Raises ValueError where another tagger made those: phrases of two taggers are not one list."""
+        if older is None:
+            return self
+        if older.made_by != self.made_by:
+            raise ValueError(
+                f"the phrase list was made by {older.made_by}, and {self.made_by} is here; delete it to make all phrases again"
+            )
+        return Annotations(self.made_by, {**older.prompts, **self.prompts})
+
     @classmethod
     def read(cls, path: Path) -> Annotations:
         """Raises ValueError where the file is not one that `write` made."""

@@ -59,17 +59,21 @@ def grammar(args: argparse.Namespace, benchmark: Any) -> Any:
     from diffalign.benchmarks.t2i_language import Annotations, annotate
     from diffalign.benchmarks.t2i_prompts import CATEGORIES
 
-    lists = benchmark.lists()
-    needing = [category for category in lists if CATEGORIES[category].scorer in ("BLIP-VQA", "3-in-1")]
-    prompts = [prompt for category in needing for prompt in lists[category].prompts]
+    prompts = list(dict.fromkeys(item.prompt for item in benchmark.items() if CATEGORIES[item.task].scorer in ("BLIP-VQA", "3-in-1")))
     if not prompts:
         return None
+    if args.phrases:
+        annotations = Annotations.read(args.phrases)
+        for prompt in prompts:
+            annotations[prompt]
+        return annotations
     kept = args.out / "phrases.json"
-    if not args.phrases and not kept.is_file():
-        annotate(prompts).write(kept)
-    annotations = Annotations.read(args.phrases or kept)
-    for prompt in prompts:
-        annotations[prompt]
+    annotations = Annotations.read(kept) if kept.is_file() else None
+    missing = [prompt for prompt in prompts if annotations is None or prompt not in annotations.prompts]
+    if missing:  # also where further categories are judged
+        annotations = annotate(missing).beside(annotations)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        annotations.write(kept)
     return annotations
 
 

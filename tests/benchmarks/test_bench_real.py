@@ -184,6 +184,24 @@ def test_t2i_compbench_says_early_that_phrases_are_missing(capsys, tiny_folder, 
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_phrases_are_found_once_and_kept(capsys, tiny_folder, tmp_path, models, clone, monkeypatch):
+    """spaCy is asked for the prompts that the file in --out lacks, and not at all where it has them."""
+    asked = []
+
+    def annotate(prompts):
+        asked.append(list(prompts))
+        return Annotations("tagger", {prompt: ANNOTATIONS.prompts[prompt] for prompt in prompts})
+
+    monkeypatch.setattr("diffalign.benchmarks.t2i_language.annotate", annotate)
+    judges = ["--prompts", clone, "--blip", models / "blip", "--samples", "1", "--method", "none"]
+    for limit in (1, 1, 2):
+        more = ["--category", "color", "--limit", limit]
+        code, _, err = bench(capsys, "t2i-compbench", tiny_folder, tmp_path / "run", *judges, *more)
+        assert code == 0, err
+    assert asked == [PROMPTS["color"][:1], PROMPTS["color"][1:2]]
+    assert list(Annotations.read(tmp_path / "run" / "phrases.json").prompts) == PROMPTS["color"][:2]
+
+
 def test_t2i_compbench_on_given_detections(capsys, tiny_folder, tmp_path, clone):
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     names = [f"{prompt}_{i:06d}.png" for i, prompt in enumerate(PROMPTS["spatial"])]

@@ -43,6 +43,14 @@ def test_the_file_and_back(tmp_path):
         found["a dog"]
 
 
+def test_later_prompts_join_the_list_of_the_same_tagger_alone():
+    older, newer = Annotations("tagger 1.0", {"a cup": Grammar(("a cup",))}), Annotations("tagger 1.0", {"a dog": Grammar(("a dog",))})
+    assert list(newer.beside(older).prompts) == ["a cup", "a dog"]
+    assert newer.beside(None) == newer
+    with pytest.raises(ValueError, match=r"made by tagger 0\.9, and tagger 1\.0 is here"):
+        newer.beside(Annotations("tagger 0.9", older.prompts))
+
+
 @pytest.mark.parametrize("text", ["[]", '{"made_by": "x"}', '{"made_by": "x", "prompts": {"a cup": {}}}'])
 def test_a_file_that_is_something_else(tmp_path, text):
     path = tmp_path / "phrases.json"
