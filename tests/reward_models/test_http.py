@@ -177,14 +177,14 @@ def test_a_server_that_does_not_answer_in_time():
     release = threading.Event()
 
     def hang(number, items):
-        release.wait(5)
+        release.wait(60)
         return scored(items)
 
     with running(replies := Replies(hang)) as address:
         began = time.monotonic()
         with pytest.raises(RuntimeError, match="timed out, 2 attempts"):
             scorer(address, timeout=0.1, retries=1)(levels(1, 3, 4, 4), ["a"])
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 30
         release.set()
     assert len(replies.requests) == 2
 

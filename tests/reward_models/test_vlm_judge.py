@@ -105,6 +105,9 @@ def test_the_answer_is_a_probability_among_all_tokens(judge, images):
     torch.testing.assert_close(some[0], alone[0])
     torch.testing.assert_close(some[2], judge.answer(images, PROMPTS, [["yes"]] * 3)[2])  # a word given twice counts once
     assert (judge.answer(images, PROMPTS, everything) < 1).all()
+    assert len(judge.chat.ids("zebra")) > 1
+    assert judge.chat.ids("zebra")[0] == judge.chat.ids("z")[0]
+    assert torch.equal(judge.answer(images, PROMPTS, [["zebra"]] * 3), judge.answer(images, PROMPTS, [["z"]] * 3))  # by its first token
 
 
 @pytest.mark.parametrize("answers", [["yes", "no", "no"], [["yes"]], "yes", [["yes"], [], ["no"]]])
