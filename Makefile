@@ -2,6 +2,7 @@
 #
 #   VENV=path        the environment to use or create (default .venv)
 #   PYTHON=path      the Python that creates it (default: the first of python3, python3.13, python3.12, python3.11 that is new enough)
+#   PARALLEL=        run the tests in one process
 #   EDITABLE=        install a copy instead of linking to this folder
 
 VENV ?= .venv
@@ -9,6 +10,7 @@ EDITABLE ?= --editable
 OUT ?= outputs/demo
 PROMPT ?= a red circle left of a blue square
 PYTEST_ARGS ?=
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 STAGES ?= autoencoder text decoder base judge-base turbo judge-turbo shapes-clip shapes-preference shapes-aesthetic
 TRAIN_ARGS ?=
 
@@ -29,7 +31,7 @@ app: $(VENV)/.diffalign-app ## the same in the browser
 	$(BIN)/diffalign demo
 
 test: $(VENV)/.diffalign-dev ## the tests that need minutes at most
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.diffalign-dev ## all tests, also the slow ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
