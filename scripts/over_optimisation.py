@@ -263,6 +263,8 @@ def summary_of(
         "gains": {name: rounded(asdict(paired_difference(values, zeros, prompts, tasks))) for name, values in gains.items()},
         "accuracy": rounded(asdict(overall_estimate(verdicts[:, -1], prompts, tasks))),
         "accuracy_gain": rounded(asdict(paired_difference(verdicts[:, -1], verdicts[:, 0], prompts, tasks))),
+        # over-optimisation, if there is any: what the second half of the search did to the images that the first half had found
+        "accuracy_second_half": rounded(asdict(paired_difference(verdicts[:, -1], verdicts[:, verdicts.shape[1] // 2], prompts, tasks))),
         "accuracy_curve": rounded([task_mean(column, tasks) for column in verdicts.T]),
         "returned_right": [int(verdict) for verdict in verdicts[:, -1]],
     }
@@ -312,6 +314,7 @@ def report(args: argparse.Namespace, calibration: Calibration, items: Sequence[A
         "settings": settings(args, {"prompts": len(items)}),
         "none": rounded(asdict(overall_estimate(first, prompts, tasks))),
         "units": {name: round(calibration.scale(name), 4) for name in REWARDS},
+        **({"agreement": read_json(path)} if (path := args.out / "agreement.json").is_file() else {}),
         "methods": methods,
     }
     write_json(args.out / "over_optimisation.json", found)
@@ -323,13 +326,13 @@ def report(args: argparse.Namespace, calibration: Calibration, items: Sequence[A
 def markdown(found: Mapping[str, Any]) -> str:
     parts = []
     for method, arms in found["methods"].items():
-        rows = [["none", *["0"] * len(REWARDS), "", interval(found["none"]), "", ""]]
+        rows = [["none", *["0"] * len(REWARDS), "", interval(found["none"]), "", "", ""]]
         for name, arm in arms.items():
             gains = [f"{arm['gains'][r]['mean']:+.2f}{'' if r in arm['members'] else ' w'}" for r in REWARDS]
-            gain = arm["accuracy_gain"]
+            gain, late = arm["accuracy_gain"], arm["accuracy_second_half"]
             gap = f"{arm['panel']['gap'][-1]:+.2f}"
-            rows.append([name, *gains, gap, interval(arm["accuracy"]), interval(gain, "+"), f"{gain['p_value']:.2g}"])
-        head = ["optimised", *REWARDS, "gap", "judge accuracy", "gain in accuracy over none", "p (sign flips)"]
+            rows.append([name, *gains, gap, interval(arm["accuracy"]), interval(gain, "+"), f"{gain['p_value']:.2g}", interval(late, "+")])
+        head = ["optimised", *REWARDS, "gap", "judge accuracy", "gain over none", "p (sign flips)", "of it, in the second half"]
         parts.append(f"**{method}**\n\n{table(head, rows)}")
     s = found["settings"]
     facts = f"{s['prompts']} {s['split']} prompts, {s['evaluations']} evaluations, seed {s['seed']}; {found['device']}, {found['date']}"
