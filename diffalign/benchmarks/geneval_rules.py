@@ -61,7 +61,7 @@ def relative_position(box: Box, target: Box, position_threshold: float = 0.1) ->
     offset, revised = [], []
     for axis in (0, 1):
         delta = (box[axis] + box[axis + 2]) / 2 - (target[axis] + target[axis + 2]) / 2
-        slack = position_threshold * ((box[axis + 2] - box[axis]) + (target[axis + 2] - target[axis]))
+        slack = position_threshold * (abs(box[axis + 2] - box[axis]) + abs(target[axis + 2] - target[axis]))
         offset.append(delta)
         revised.append(math.copysign(max(abs(delta) - slack, 0.0), delta))
     if all(abs(r) < 1e-3 for r in revised):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffalign.commands.generate import Interrupted
 from diffalign.commands.kinds import KINDS, Kind, owners
 from diffalign.files import read_json, require_writable
 
@@ -127,7 +128,10 @@ def share(args: argparse.Namespace) -> tuple[Any, Callable[[], bool]]:
 
 
 def judge(args: argparse.Namespace, benchmark: Any, methods: Sequence[str | Path], shard: Any) -> None:
-    """Judges the shard's images that have not been judged, all methods, with one bar. What cannot be judged is said when reporting."""
+    """Judges the shard's images that have not been judged, all methods, with one bar. What cannot be judged is said when reporting.
+
+    Raises Interrupted at Ctrl-C.
+    """
     from tqdm import tqdm
 
     from diffalign.benchmarks.scoring import score_missing
@@ -135,9 +139,12 @@ def judge(args: argparse.Namespace, benchmark: Any, methods: Sequence[str | Path
     tasks = benchmark.tasks()
     total = len(methods) * sum(len(task.part(shard)) for task in tasks)
     with tqdm(total=total, unit="image", desc="judging", disable=None) as bar:
-        for name in methods:
-            for task in tasks:
-                score_missing(task, folder_of(args, name), benchmark.batch_size, shard, bar.update)
+        try:
+            for name in methods:
+                for task in tasks:
+                    score_missing(task, folder_of(args, name), benchmark.batch_size, shard, bar.update)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(f"interrupted: {bar.n} of {total} judgements are kept; the same command continues") from stop
 
 
 def folder_of(args: argparse.Namespace, method: str | Path) -> Path:

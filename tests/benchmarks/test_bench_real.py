@@ -254,9 +254,13 @@ def test_processes_of_a_launcher_share_the_work_and_the_first_reports(capsys, ti
     ]
 
 
-@pytest.mark.parametrize(("file", "name", "samples"), [("geneval", "geneval", 4), ("t2i_compbench", "t2i-compbench", 10)])
-def test_the_shipped_configs_are_the_official_protocols(file, name, samples):
-    more = {"geneval": ["--detector", "hf"], "t2i-compbench": ["--prompts", "clone"]}[name]
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [("geneval", 4), ("t2i-compbench", 10), ("dpg", 4), ("geneval2", 1), ("parti", 1), ("hpsv2", 1), ("drawbench", 1)],
+)
+def test_the_shipped_configs_are_the_official_protocols(name, samples):
+    file = name.replace("-", "_")
+    more = ["--detector", "hf"] if name == "geneval" else ["--prompts", "clone"]
     args = build_parser().parse_args(config.expand(["bench", name, "--config", str(ROOT / f"configs/bench/real/{file}.yaml"), *more]))
     judging.resolve(args)
     assert (args.samples, args.limit, args.pipeline, args.method) == (samples, None, "sd-turbo", ["none"])

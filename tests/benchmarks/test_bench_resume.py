@@ -103,6 +103,7 @@ def test_a_run_that_was_stopped_anywhere_equals_one_that_was_not(commands, tmp_p
     with monkeypatch.context() as patch:
         stop_at(patch, scoring, "append_lines", 1, KeyboardInterrupt())
         assert main(stopped) == 130
+    assert "judgements are kept; the same command continues" in capsys.readouterr().err
     assert main(stopped) == 0
     whole, resumed = contents(tmp_path / "whole"), contents(tmp_path / "stopped")
     assert whole == resumed
