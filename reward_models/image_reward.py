@@ -63,7 +63,8 @@ class ImageReward(RewardModel):
     def encode_text(self, prompts: list[str]) -> list[Int[Tensor, " l"]]:
         encodings = self.tokenizer.encode_batch(prompts)
         for prompt, encoding in zip(prompts, encodings, strict=True):
-            report_cut(self.name, TOKENS, prompt[max(end for _, end in encoding.offsets) :])
+            if encoding.overflowing:  # else what was not read is white space, or characters that BERT drops
+                report_cut(self.name, TOKENS, prompt[max(end for _, end in encoding.offsets) :])
         return [torch.tensor(encoding.ids) for encoding in encodings]
 
     def collate(self, texts: list[Tensor]) -> Int[Tensor, "b l"]:

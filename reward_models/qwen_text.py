@@ -45,8 +45,9 @@ class Chat:
         """The prompt, without what goes beyond PROMPT_TOKENS; that is reported."""
         if len(prompt.encode(errors="replace")) <= PROMPT_TOKENS:  # a token is a byte at least
             return prompt
-        encoding = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-        offsets = encoding["offset_mapping"]
+        offsets = self.tokenizer(
+            prompt, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        ).offset_mapping
         if len(offsets) <= PROMPT_TOKENS:
             return prompt
         end = offsets[PROMPT_TOKENS - 1][1]
