@@ -24,6 +24,7 @@ OURS = {"diffalign", "pipelines", "reward_models", "app"}
 
 # Needed by what we import rather than by our own lines.
 INDIRECT = {
+    "peft": "diffusers loads tuned weights (LoRA) through it",
     "accelerate": "diffusers and transformers load weights through it",
     "torchvision": "open_clip and transformers' image processors need it",
 }
