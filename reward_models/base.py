@@ -87,8 +87,8 @@ class RewardModel(nn.Module):
         check_prompts(self.name, prompts)
         self._embed(prompts)
 
-    def forward(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Scores, float32. Raises TypeError and ValueError, naming the argument and, for a bad image, its index."""
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        """Scores of images "b 3 h w", float32. Raises TypeError and ValueError, naming the argument and, for a bad image, its index."""
         check_call(self, images, prompts)
         texts = self._embed(prompts)
         return self.score(images, None if texts is None else texts.to(images.device)).float()

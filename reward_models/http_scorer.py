@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from reward_models.base import Images, RewardModel, Scores, check_call, check_prompts
+from reward_models.base import RewardModel, Scores, check_call, check_prompts
 from reward_models.sources import Source
 from reward_models.spec import Spec
 
@@ -73,7 +74,7 @@ class HTTPScorer(RewardModel):
         """Nothing is computed here: prompts travel with the images."""
         check_prompts(self.name, prompts)
 
-    def forward(self, images: Images, prompts: Sequence[str]) -> Scores:
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         """Scores, float32. Raises TypeError and ValueError as every reward, RuntimeError for items without a score unless missing="nan"."""
         check_call(self, images, prompts)
         levels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

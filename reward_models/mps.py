@@ -76,7 +76,7 @@ class MPS(RewardModel):
     def _text(self, ids: Tensor) -> Float[Tensor, "n l d"]:
         return self.clip.text_projection(self.clip.text_model(input_ids=ids).last_hidden_state)
 
-    def score(self, images: Images, texts: Float[Tensor, "b 78 k"] | None) -> Scores:
+    def score(self, images: Images, texts: Float[Tensor, "b rows k"] | None) -> Scores:
         pixels = self.pixels(images).to(self.clip.dtype)
         tokens = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).last_hidden_state)
         end, text, kept = texts[:, 0, :-1], texts[:, 1:, :-1], texts[:, 1:, -1] > 0

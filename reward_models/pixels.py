@@ -9,8 +9,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from diffalign.types import Images
+
+Resized = Float[Tensor, "b 3 height width"]
+Square = Float[Tensor, "b 3 size size"]
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, and of most that follow it
 GEOMETRIES = ("shortest+crop", "longest+pad", "squash", "square+mean")
@@ -38,13 +43,13 @@ class Preprocess:
         if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"size must be positive, mean and std three numbers, std positive; got {self.size}, {self.mean}, {self.std}")
 
-    def __call__(self, images: Images) -> Images:
+    def __call__(self, images: Images) -> Square:
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         images = self.shape(images)
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
 
-    def shape(self, images: Images) -> Images:
+    def shape(self, images: Images) -> Square:
         """The geometry alone: "b 3 size size" in [0, 1]."""
         height, width = images.shape[-2:]
         n = self.size
@@ -63,7 +68,7 @@ class Preprocess:
         below, right = (n - side for side in images.shape[-2:])
         return F.pad(images, (right // 2, right - right // 2, below // 2, below - below // 2))
 
-    def _square(self, images: Images) -> Images:
+    def _square(self, images: Images) -> Square:
         height, width = images.shape[-2:]
         side = max(height, width)
         top, left = (side - height) // 2, (side - width) // 2
@@ -76,7 +81,7 @@ class Preprocess:
         return round((side - self.size) / 2) if self.round_crop else (side - self.size) // 2
 
 
-def resize(images: Images, height: int, width: int) -> Images:
+def resize(images: Images, height: int, width: int) -> Resized:
     """Bicubic with antialiasing, across and then down, cut to [0, 1] after each: bicubic overshoots, and PIL stores bytes in between.
 
     A side that has its length already is left alone.
@@ -88,5 +93,5 @@ def resize(images: Images, height: int, width: int) -> Images:
     return images
 
 
-def _bicubic(images: Images, height: int, width: int) -> Images:
+def _bicubic(images: Images, height: int, width: int) -> Resized:
     return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

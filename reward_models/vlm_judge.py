@@ -56,11 +56,11 @@ class VLMJudge(RewardModel):
     def score(self, images: Images, texts: Int[Tensor, "b l"] | None) -> Scores:
         return self._yes(self._logits(images, texts, [*self.yes, *self.no]))
 
-    def ask(self, images: Images, questions: Sequence[str]) -> Scores:
+    def ask(self, images: Tensor, questions: Sequence[str]) -> Scores:
         """P(yes) / (P(yes) + P(no)) as the first token of the answer to each question, float32. Raises as a call does."""
         return self._yes(self._logits(images, self._questions(images, questions), [*self.yes, *self.no]))
 
-    def answer(self, images: Images, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> Scores:
+    def answer(self, images: Tensor, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> Scores:
         """The probability that the first token of the answer begins one of answers[i], among all tokens; float32.
 
         Each answer counts by its first token, as in GenEval 2; give the spellings you accept ("three", "Three", "3").
@@ -73,7 +73,7 @@ class VLMJudge(RewardModel):
         rows = [sorted({self.chat.ids(word)[0] for word in row}) for row in answers]
         return torch.stack([p[row].sum() for p, row in zip(probabilities, rows, strict=True)])
 
-    def _questions(self, images: Images, questions: Sequence[str]) -> Int[Tensor, "b l"]:
+    def _questions(self, images: Tensor, questions: Sequence[str]) -> Int[Tensor, "b l"]:
         check_call(self, images, questions)
         return pad([self._tokens(self.chat.cut(self.name, question)) for question in questions]).to(images.device)
 
