@@ -17,7 +17,8 @@ torch.set_num_threads(1)
 
 # The hook imports its checker by name, and finds no submodule of `tests` under pytest's importlib mode.
 sys.modules["shapecheck"] = tests.shapecheck
-install_import_hook(["pipelines", "reward_models", "diffalign.rewards"], "shapecheck.check_shapes")  # add a package here once its annotations hold
+# Add a package here once its annotations hold.
+install_import_hook(["pipelines", "reward_models", "diffalign.rewards"], "shapecheck.check_shapes")
 
 
 @pytest.fixture
