@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ VARIANTS: dict[str, dict] = {
     "lr 1/128": {"lr": 1 / 128},
     "lr 1/64": {"lr": 1 / 64},
     "lr 1/32": {"lr": 1 / 32},
+    "lr 1/32, half the evaluations as starts": {"lr": 1 / 32, "starts": HALF},
+    "lr 1/64, half the evaluations as starts": {"lr": 1 / 64, "starts": HALF},
     "lr 1/64, no sphere": {"lr": 1 / 64, "sphere": False},
     "lr 1/64, momentum 0.5": {"lr": 1 / 64, "momentum": 0.5},
     "lr 1/512": {"lr": 1 / 512},
@@ -49,7 +52,7 @@ def main() -> None:
     pipe = diffalign.load_pipeline("shapes-turbo")
     reward = diffalign.load_reward(args.reward)
     rows = prompts.metadata("validation", per_task=args.per_task)
-    methods = {"best-of-n": BestOfN(reward, evaluations=args.iterations), "paper": diffalign.ReNO.paper(reward)}
+    methods = {"best-of-n": BestOfN(reward, evaluations=args.iterations), "paper": replace(diffalign.ReNO.paper(reward), iterations=args.iterations)}
     for name, settings in VARIANTS.items():
         starts = args.iterations // 2 if settings.get("starts") == HALF else 1
         methods[name] = diffalign.ReNO(reward, iterations=args.iterations, patience=None, **settings | {"starts": starts})
