@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,9 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(config.expand(argv))
         args.argv = argv
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "interrupted; nothing is left half-written, and the same command starts again", 130, debug)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
+        return 141  # 128 + SIGPIPE, as a shell reports it
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         return _fail(_sentence(error), 1, debug)
     except RuntimeError as error:
