@@ -52,7 +52,10 @@ def main() -> None:
     pipe = diffalign.load_pipeline("shapes-turbo")
     reward = diffalign.load_reward(args.reward)
     rows = prompts.metadata("validation", per_task=args.per_task)
-    methods = {"best-of-n": BestOfN(reward, evaluations=args.iterations), "paper": replace(diffalign.ReNO.paper(reward), iterations=args.iterations)}
+    methods = {
+        "best-of-n": BestOfN(reward, evaluations=args.iterations),
+        "paper": replace(diffalign.ReNO.paper(reward), iterations=args.iterations),
+    }
     for name, settings in VARIANTS.items():
         starts = args.iterations // 2 if settings.get("starts") == HALF else 1
         methods[name] = diffalign.ReNO(reward, iterations=args.iterations, patience=None, **settings | {"starts": starts})
