@@ -38,7 +38,7 @@ def plot(points: Sequence[Point], title: str) -> Image.Image | None:
     """A panel for each cost that all runs have, with 95 % intervals; None where there is none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes_names = [axis for axis in AXES if all(point.cost.get(axis) for point in points)]
     if not axes_names:
@@ -51,9 +51,9 @@ def plot(points: Sequence[Point], title: str) -> Image.Image | None:
             spread = [[p.score["mean"] - p.score["low"] for p in members], [p.score["high"] - p.score["mean"] for p in members]]
             axes.errorbar(x, y, yerr=spread, label=line, color=color, marker="o", markersize=4, linewidth=1.6, capsize=2, elinewidth=0.8)
         axes.set_xscale("log")
-        for formatted in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            formatted(ScalarFormatter())
-        axes.xaxis.set_tick_params(which="both", labelsize=8)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(AXES[axis], fontsize=9)
         axes.set_ylabel(title, fontsize=9, parse_math=False)
         axes.tick_params(labelsize=8)

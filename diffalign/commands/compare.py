@@ -10,8 +10,10 @@ another, with Holm's correction over those tests. Scores against costs are drawn
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("compare was given a run twice")
     if args.out:
         require_writable(args.out)
-    result = compare_all(folders, args.allow_missing)
+    result = {
+        **compare_all(folders, args.allow_missing),
+        "command": shlex.join(["diffalign", *args.argv]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
     plots = draw(result, args.out) if args.out else {}
     print(markdown(result), end="")
     if args.out:
@@ -53,7 +59,8 @@ def compare_all(folders: Sequence[Path], allow_missing: bool = False) -> dict[st
     common = [measure for measure in measures(kept[0]) if all(measure in measures(of_run) for of_run in kept)]
     if not common:
         raise ValueError(f"{folders[0]} and the others have no measure in common; it has {', '.join(map(str, measures(kept[0])))}")
-    result: dict[str, Any] = {"runs": list(map(str, folders)), "images": len(kept[0]), "notes": notes, "measures": {}}
+    made = [{"settings": _read(folder / "settings.json"), "machine": _read(folder.parent / "machine.json")} for folder in folders]
+    result: dict[str, Any] = {"runs": list(map(str, folders)), "made": made, "images": len(kept[0]), "notes": notes, "measures": {}}
     for measure in common:
         key = measure or ("accuracy" if "correct" in kept[0][0] else "score")
         found = _pair(kept[0], kept[1], measure) if len(folders) == 2 else {}
@@ -164,7 +171,10 @@ def _facts_lines(result: Mapping[str, Any]) -> list[str]:
         found = first["discordant"]
         only = f"right in B only {found['gained']}, in A only {found['lost']}"
         lines.append(f"- {only}; exact McNemar p = {found['p_value']:.2g} (descriptive: takes images of a prompt as independent)")
-    return lines + [f"- {note}" for note in result["notes"]]
+    lines += [f"- {note}" for note in result["notes"]]
+    devices = dict.fromkeys(each["machine"]["device"] for each in result["made"] if each["machine"])
+    lines += [f"- device: {' and '.join(devices)}"] if devices else []
+    return lines + [f"- {name}: {result[name]}" for name in ("date", "command") if name in result]
 
 
 def _pair_table(found: Mapping[str, Any]) -> str:
@@ -243,8 +253,11 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    files = [folder / "settings.json", folder / "protocol.json"]
-    return {name: value for file in files if file.is_file() for name, value in read_json(file).items()}
+    return {**_read(folder / "settings.json"), **_read(folder / "protocol.json")}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
 
 
 def _both(one: Any, two: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.swin.modeling_swin import SwinPatchMerging
 
 from diffalign.benchmarks.mask2former import Mask2FormerDetector, instances, padded, resize_bilinear, resized, to_pixels
@@ -188,6 +189,25 @@ def test_the_architecture_is_read_off_the_shapes(model, weights):
         assert found[name] == expected[name], name
     for name in ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "patch_size"):
         assert found["backbone_config"][name] == expected["backbone_config"][name], name
+
+
+def test_the_key_map_is_complete_at_the_real_size():
+    """Swin-S and everything else as GenEval's detector has it, without memory: names and shapes alone."""
+    swin = SwinConfig(
+        embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7, out_features=[f"stage{s}" for s in (1, 2, 3, 4)]
+    )
+    config = Mask2FormerConfig(backbone_config=swin, num_labels=80, num_queries=100)
+    with torch.device("meta"):
+        direct = Mask2FormerForUniversalSegmentation(config)
+    assert 68e6 < sum(parameter.numel() for parameter in direct.parameters()) < 70e6
+    layout = mmdet_layout(direct)
+    own, mapped = direct.state_dict(), convert(layout)
+    assert set(mapped) <= set(own)
+    assert all("swin.layernorm" in name or "empty_weight" in name for name in set(own) - set(mapped))  # used by no detection
+    assert all(mapped[name].shape == own[name].shape for name in mapped)
+    found = config_of(layout)
+    assert (found.backbone_config.depths, found.num_labels, found.num_queries) == ([2, 2, 18, 2], 80, 100)
+    assert (found.decoder_layers, found.encoder_layers, found.hidden_dim) == (10, 6, 256)
 
 
 def test_patch_merging_after_the_reordering_is_that_of_mmdet():
