@@ -61,7 +61,7 @@ def test_a_search_is_judged_by_what_it_climbed_and_by_what_it_did_not(bench, tmp
     assert bench("drawbench", tmp_path, "--method", "none", *search)[0] == 0  # other judges later are other columns, not other images
     code, out, err = bench("drawbench", tmp_path, "--method", "best-of-n", *search)
     assert code == 0, err
-    assert out.index("Mean jpeg-incompressibility") < out.index("Mean brightness")  # what nobody climbed comes first
+    assert out.index("Mean jpeg-incompressibility (watched)") < out.index("Mean brightness (optimised)")  # what nobody climbed comes first
     assert "2 of 4 images are already in" in out
     assert json.loads((tmp_path / "summary.json").read_text())["methods"]["best-of-n"]["cost"]["reward_calls"] == 2
     assert main(["bench", "compare", str(tmp_path / "none"), str(tmp_path / "best-of-n"), "--out", str(tmp_path / "compared")]) == 0
@@ -79,7 +79,26 @@ def test_hpsv2_in_its_own_layout(bench, tmp_path):
     assert [line.split()[1] for line in lines] == ["anime", "concept-art", "paintings", "photo", "average"]
     code, out, err = bench("hpsv2", tmp_path / "report", "--reward", "brightness", "--images", tmp_path / "none")
     assert code == 0, err
-    assert "0 of" not in out
+    assert "Mean brightness, with" in out
+
+
+def test_a_jpeg_starts_from_the_same_noise(bench, tmp_path):
+    """Its losses are no other start."""
+    search = ["--method", "best-of-n", "--reward", "brightness", "--batch-size", 1]
+    code, out, err = bench("hpsv2", tmp_path / "jpeg", *search)
+    assert code == 0, err
+    assert "start elsewhere" not in err
+    assert json.loads((tmp_path / "jpeg" / "summary.json").read_text())["methods"]["best-of-n"]["largest_start_difference"] == 0
+    assert "cut prompts" not in out
+
+
+def test_the_end_of_long_prompts_that_the_model_did_not_read_is_reported(bench, tmp_path, caplog):
+    (tmp_path / "list.txt").write_text("a dog that is far too long for thirty letters\na dog of a length that does not fit either\na cat\n")
+    arguments = ["--prompts", tmp_path / "list.txt", "--method", "none", "--watch", "brightness", "--batch-size", 1]
+    code, out, err = bench("drawbench", tmp_path / "run", *arguments, prompts=False)
+    assert code == 0, err
+    assert "cut prompts: of 2 of 3 images the model did not read the end of the prompt" in out
+    assert len([record for record in caplog.records if "longer than the model" in record.msg]) == 1
 
 
 def test_dpg_with_answers_and_grids(bench, tmp_path):

@@ -11,6 +11,7 @@ So generation resumes where it stopped, any program's images can be judged, and 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -139,18 +140,26 @@ def save(item: Item, generated: Generated, folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     if item.path is None:  # GenEval's folder belongs to one prompt
         write_text(image_path.parent.parent / "metadata.jsonl", json.dumps(item.metadata) + "\n")
+    data = encoded(item, generated.image)
     with whole_file(image_path) as temporary:
-        generated.image.save(temporary, **FORMATS[image_path.suffix])
+        temporary.write_bytes(data)
     facts = {
         "prompt": item.prompt,
         "index": item.index,
         "sample": item.sample,
         "seed": item.seed,
         "size": list(generated.image.size),
-        "bytes": image_path.stat().st_size,
-        "sha256": hashlib.sha256(image_path.read_bytes()).hexdigest(),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
     }
     write_json(trace_path, {**facts, **generated.trace})
+
+
+def encoded(item: Item, image: Image.Image) -> bytes:
+    """The image as it is written to the disk."""
+    buffer = io.BytesIO()
+    image.save(buffer, **FORMATS[Path(item.name).suffix])
+    return buffer.getvalue()
 
 
 def read_image(path: Path) -> np.ndarray:

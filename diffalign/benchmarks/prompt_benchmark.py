@@ -84,7 +84,7 @@ class PromptBenchmark:
 
     def protocol(self) -> dict[str, Any]:
         """What a figure of this run must be quoted with."""
-        official = self.limit is None and self.samples == SAMPLES[self.name]
+        official = self.samples == SAMPLES[self.name]
         return {
             "prompts": "all" if self.limit is None else f"{self.limit} of {len(self.prompts.rows)}",
             "prompt list": self.prompts.version,

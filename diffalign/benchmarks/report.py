@@ -117,7 +117,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """
     parts = _measure_tables(summary, summary.get("measure", "Judge accuracy"))
     for name, further in summary.get("further", {}).items():
-        parts += _measure_tables(further, f"Mean {name}")
+        parts += _measure_tables(further, further.get("measure", f"Mean {name}"))
     if summary.get("breakdown"):
         found = summary["breakdown"]
         groups = list(dict.fromkeys(group for values in found["methods"].values() for group in values))
@@ -190,7 +190,9 @@ def _change(reward: Mapping[str, float | None] | None) -> str:
 
 
 def interval(estimate: Mapping[str, float], sign: str = "") -> str:
-    """ "0.500 [0.40, 0.60]"."""
+    """ "0.500 [0.40, 0.60]"; of a single prompt, which no resampling varies, the mean alone."""
+    if estimate["low"] == estimate["high"] and estimate.get("prompts") == 1:
+        return f"{estimate['mean']:{sign}.3f}"
     return f"{estimate['mean']:{sign}.3f} [{estimate['low']:{sign}.2f}, {estimate['high']:{sign}.2f}]"
 
 

@@ -9,9 +9,12 @@ compared with. Generation and judging meet only on disk: an interrupted run goes
 from __future__ import annotations
 
 import argparse
+import io
+import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -175,9 +178,27 @@ def generate(args: argparse.Namespace, missing: Mapping[str, Sequence[Any]], mix
             continue
         method = options.build_method(name, reward, args.iterations)
         evaluations = args.iterations if method else 1
-        with tqdm(total=len(items) * evaluations, unit="evaluation", desc=name, disable=None) as bar:
+        with tqdm(total=len(items) * evaluations, unit="evaluation", desc=name, disable=None) as bar, one_warning_of_cut_text():
             make = maker(pipeline, reward, name, method, args, evaluations, bar)
             generate_missing(items, args.out / name, make, options.batch_size(args, SHAPES_BATCH))
+
+
+@contextmanager
+def one_warning_of_cut_text() -> Iterator[None]:
+    """Lists of long prompts would warn with every batch; the report says how many were cut."""
+    seen: list[str] = []
+
+    def first(record: logging.LogRecord) -> bool:
+        cut = "are longer than the model" in record.msg
+        seen.extend([record.msg] * cut)
+        return not cut or len(seen) == 1
+
+    logger = logging.getLogger("pipelines.inputs")
+    logger.addFilter(first)
+    try:
+        yield
+    finally:
+        logger.removeFilter(first)
 
 
 def maker(
@@ -185,8 +206,9 @@ def maker(
 ) -> Callable[[Sequence[Any]], list[Any]]:
     """The function from a batch of items to their images and traces."""
     import numpy as np
+    from PIL import Image
 
-    from diffalign.benchmarks.base import Generated, read_image
+    from diffalign.benchmarks.base import Generated, encoded, read_image
     from diffalign.commands.cost import Meter
 
     def make(batch: Sequence[Any]) -> list[Generated]:
@@ -209,11 +231,12 @@ def maker(
             costs = meter.costs(len(batch), [len(trace["rewards"]["total"]) for trace in traces])
             for item, trace, image in zip(batch, traces, output.initial_images, strict=True):
                 without = read_image(item.image_path(args.out / "none")).astype(int)
-                trace["start_difference"] = int(np.abs(np.asarray(image.convert("RGB")) - without).max())
+                start = np.asarray(Image.open(io.BytesIO(encoded(item, image))).convert("RGB"))  # with a JPEG's losses, where it is one
+                trace["start_difference"] = int(np.abs(start - without).max())
         bar.update(finished - bar.n)  # samples that stopped early count as done
         return [
-            Generated(image, options.finite_or_none({**cost, **trace}))
-            for image, cost, trace in zip(output.images, costs, traces, strict=True)
+            Generated(image, options.finite_or_none({**cost, "cut_text": cut, **trace}))
+            for image, cost, cut, trace in zip(output.images, costs, output.truncated, traces, strict=True)
         ]
 
     return make
@@ -241,16 +264,18 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **machine,
         "optimised": list(mix),
-        **judging.summed_up(kind, benchmark, judged),
+        **judging.summed_up(kind, benchmark, judged, mix),
         **panels.of_methods(args, mix, {name: result.traces for name, result in judged.items()}),
     }
     panels.draw(args.out, summary)
     if left_out:
         summary["partial"] = list(left_out.values())
+    cut = sum(bool(trace.get("cut_text")) for trace in judged["none"].traces)
     split = f"{args.split} split, " if args.split else ""
     summary["facts"] = {
         **judging.partial(left_out),
         **judging.quoted(benchmark),
+        **({"cut prompts": f"of {cut} of {len(judged['none'].traces)} images the model did not read the end of the prompt"} if cut else {}),
         "pipeline": f"{args.pipeline}, {split}seed {args.seed}, {args.iterations} evaluations per image",
         "device": summary["device"],
         "date": summary["date"],

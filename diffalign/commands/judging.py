@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,24 +220,31 @@ def run_images(args: argparse.Namespace) -> int:
     return 0
 
 
-def summed_up(kind: Kind, benchmark: Any, judged: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary of every measure, the first at the top, and the benchmark's own division."""
+def summed_up(kind: Kind, benchmark: Any, judged: Mapping[str, Any], optimised: Collection[str] = ()) -> dict[str, Any]:
+    """The summary of every measure, the first at the top, and the benchmark's own division.
+
+    optimised: rewards that a search climbed; where rewards judge, their tables say so.
+    """
     from diffalign.benchmarks.report import measures, summarise
+
+    def title(measure: str) -> str:
+        mark = "" if not (kind.by_reward and optimised) else " (optimised)" if measure in optimised else " (watched)"
+        return f"Mean {measure}{mark}"
 
     first, *others = measures(next(iter(judged.values())).rows)
     summary = {
-        "measure": "Judge accuracy" if kind.verdicts else f"Mean {first}" if first else "Mean scores",
+        "measure": "Judge accuracy" if kind.verdicts else title(first) if first else "Mean scores",
         **summarise(judged, measure=first, pooled=kind.pooled),
     }
     if others:
-        found = {name: summarise(judged, measure=name, pooled=kind.pooled) for name in others}
+        found = {name: {"measure": title(name), **summarise(judged, measure=name, pooled=kind.pooled)} for name in others}
         for further in found.values():
             for method in further["methods"].values():
                 del method["rewards"], method["cost"]  # they stand at the top
         summary["further"] = found
     if kind.breakdown:
-        title, function = kind.breakdown
-        summary["breakdown"] = {"title": title, "methods": {name: function(benchmark, each.rows) for name, each in judged.items()}}
+        heading, function = kind.breakdown
+        summary["breakdown"] = {"title": heading, "methods": {name: function(benchmark, each.rows) for name, each in judged.items()}}
     return summary
 
 

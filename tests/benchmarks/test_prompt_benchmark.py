@@ -56,6 +56,7 @@ def test_every_image_has_a_number_for_each_reward(folders, tmp_path):
     assert all(row["values"]["jpeg-compressibility"] < 0 for row in rows)
     assert rows[0]["scorers"] == {"brightness": "brightness (test)", "jpeg-compressibility": "jpeg-compressibility (test)"}
     assert bench.protocol()["images per prompt"] == "2 (the official protocol makes 1)"
+    assert benchmark(folders, "parti", limit=2).protocol()["images per prompt"] == 1
 
 
 def test_two_shards_and_a_resumed_run_equal_one_run(folders, tmp_path):
