@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,12 +46,19 @@ def weights_digest(network: nn.Module) -> str:
     for name, parameter in network.named_parameters():
         names.append(f"{name.removeprefix('_orig_mod.')} {tuple(parameter.shape)}")
         if parameter.numel() and not parameter.is_meta:
-            places = torch.linspace(0, parameter.numel() - 1, min(parameter.numel(), WEIGHTS_PER_PARAMETER)).long()
-            values.append(parameter.detach()[torch.unravel_index(places.to(parameter.device), parameter.shape)].float())
+            places, weights = _places(parameter.numel(), parameter.device), parameter.detach()
+            # in the order of a contiguous tensor, without a copy of one that is not
+            found = weights.view(-1)[places] if weights.is_contiguous() else weights[torch.unravel_index(places, weights.shape)]
+            values.append(found.float())
     digest = hashlib.sha256("\n".join(names).encode())
     if values:
         digest.update(torch.cat(values).cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+@cache
+def _places(numbers: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, numbers - 1, min(numbers, WEIGHTS_PER_PARAMETER)).long().to(device)
 
 
 def adapters(network: nn.Module) -> list[str]:

@@ -181,9 +181,8 @@ def calibrate(cosines: Sequence[Sequence[float]], share: float = 0.5, warm_up: f
 
 def evaluated_share(cosines: Sequence[Sequence[float]], threshold: float, first: int, refresh: int = 0) -> float:
     """The mean share of steps that evaluate both branches; `first` is the index of the earliest step that may be the last guided one."""
-    shares = []
+    evaluated = 0
     for series in cosines:
         guided = 1 + next((i for i, value in enumerate(series) if i >= first and value >= threshold), len(series) - 1)
-        refreshed = (len(series) - guided) // refresh if refresh else 0
-        shares.append((guided + refreshed) / len(series))
-    return sum(shares) / len(shares)
+        evaluated += guided + ((len(series) - guided) // refresh if refresh else 0)
+    return evaluated / sum(len(series) for series in cosines)  # of whole numbers, so that 0.4 is 0.4

@@ -200,6 +200,7 @@ def test_calibration_by_hand():
     assert evaluated_share(cosines, 0.5, 0) == 0.5
     assert evaluated_share(cosines, 0.5, 0, refresh=2) == 0.75
     assert calibrate(cosines, share=0.75, warm_up=0.25, refresh=2) == 0.5
+    assert calibrate([[0.5] * 20] * 7, share=0.4, refresh=4) == 0.5  # the least there is: 4 of the warm-up and 4 of the other 16
     assert calibrate(cosines, share=0.51, warm_up=0.25) == 0.8
     assert calibrate(cosines, share=1.0, warm_up=0.25) == 1.0
     assert calibrate([[0.1, 0.2, 0.1, 0.1]], share=1.0) == math.inf

@@ -74,6 +74,33 @@ def test_full_guidance_is_the_stock_result_to_the_bit(family, pipe):
     assert torch.equal(family(pipe, [1, 2]), stock)
 
 
+def steps_of(pipe, run):
+    """What the sampler is given at every step of `run()`: the guided prediction and the latents."""
+    seen, original = [], pipe.scheduler.step
+
+    def step(model_output, timestep, sample, *args, **kwargs):
+        seen.append((model_output.clone(), sample.clone()))
+        return original(model_output, timestep, sample, *args, **kwargs)
+
+    pipe.scheduler.step = step
+    try:
+        run()
+    finally:
+        del pipe.scheduler.step
+    return seen
+
+
+@pytest.mark.parametrize("method", [HALF, AdaptiveGuidance(threshold=-0.99, warm_up=0.5), DeltaReuse(fraction=0.5)], ids=lambda m: m.name)
+def test_to_the_bit_until_guidance_stops(method, family, pipe):
+    stock = steps_of(pipe, lambda: family(pipe, [1, 2]))
+    with guide(pipe, method) as guided:
+        found = steps_of(pipe, lambda: family(pipe, [1, 2]))
+    assert guided.report.evaluations == [9, 9]
+    equal = [all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)) for mine, theirs in zip(found, stock, strict=True)]
+    assert equal == [True] * 3 + [False] * 3
+    assert torch.equal(found[3][1], stock[3][1])  # the latents that the first step without guidance starts from
+
+
 def test_nothing_is_left_on_the_network(family, pipe):
     network = getattr(pipe, family.attribute)
     before = set(vars(network))
@@ -157,6 +184,25 @@ def test_a_batch_of_prompts_is_its_prompts_alone(family, pipe):
             torch.testing.assert_close(family(pipe, [prompt])[0], together[row], rtol=1e-3, atol=1e-3)
             assert guided.report.evaluations == cost[row : row + 1]
     assert len(set(cost)) > 1
+
+
+def test_what_is_kept_and_refreshed_is_each_samples_own(family, pipe):
+    """Two prompts stop at different steps, keep their differences, and evaluate both branches anew at steps of their own."""
+    with guide(pipe, AdaptiveGuidance(threshold=math.inf, warm_up=0.0)) as guided:
+        family(pipe, [1, 2], steps=8)
+    first, second = (series[1] for series in guided.report.diagnostics["cosine"])
+    method = AdaptiveGuidance(threshold=(first + second) / 2, warm_up=0.25, refresh=3)
+    with Counted(family, pipe) as counted, guide(pipe, method) as guided:
+        together = family(pipe, [1, 2], steps=8)
+        cost, stops = guided.report.evaluations, guided.report.diagnostics["settled_after"]
+        assert sum(cost) == sum(counted.sizes) < 32
+        for row, prompt in enumerate([1, 2]):
+            torch.testing.assert_close(family(pipe, [prompt], steps=8)[0], together[row], rtol=1e-3, atol=1e-3)
+            assert guided.report.evaluations == cost[row : row + 1]
+    assert [2] in stops
+    assert stops[0] != stops[1]
+    with guide(pipe, AdaptiveGuidance(threshold=(first + second) / 2, warm_up=0.25)):
+        assert not torch.allclose(family(pipe, [1, 2], steps=8), together, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sana"])  # the others take embeddings as they are, one for each image
