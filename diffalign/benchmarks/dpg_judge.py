@@ -19,6 +19,8 @@ from diffalign.benchmarks.scoring import Pixels
 from diffalign.benchmarks.vqa import GivenAnswers, Panel
 from diffalign.files import whole_file, write_text
 
+SUFFIX = " Please answer yes or no."  # for a model that talks
+
 
 @dataclass(frozen=True)
 class DpgScorer:
@@ -34,7 +36,8 @@ class DpgScorer:
 
     def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
         asked = [self.questions[item.metadata["item_id"]] for item in items]
-        found = self.answers.ask(images, items, [list(each.text.values()) for each in asked])
+        suffix = SUFFIX if isinstance(self.answers, Panel) else ""
+        found = self.answers.ask(images, items, [[text + suffix for text in each.text.values()] for each in asked])
         out = []
         for questions, probabilities in zip(asked, found, strict=True):
             answers = {number: "yes" if p > 0.5 else "no" for number, p in zip(questions.text, probabilities, strict=True)}

@@ -77,6 +77,7 @@ class Shard:
 
 
 WHOLE = Shard()
+UNSCORED = "not scored yet"
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,8 @@ def require_all(faults: Sequence[Fault], items: int, folder: Path) -> None:
     named = "; ".join(f"{fault.item}: {fault.problem}" for fault in faults[:3])
     more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
     what = f"{len(faults)} of {items} images in {folder} cannot be judged ({named}{more})"
-    raise FileNotFoundError(f"{what}; make them again, or --allow-missing to report the rest")
+    advice = "judge them" if all(fault.problem == UNSCORED for fault in faults) else "make and judge them"
+    raise FileNotFoundError(f"{what}; {advice}, or --allow-missing to report the rest")
 
 
 def read_scores(folder: Path, scorer: Scorer) -> dict[str, dict[str, Any]]:
@@ -262,4 +264,4 @@ def _why_unscored(data: bytes) -> str:
         read_pixels(data)
     except ValueError as error:
         return str(error)
-    return "not scored yet"
+    return UNSCORED
