@@ -169,16 +169,20 @@ def _load_detector_reward(name: str, source: Any, device: str) -> Any:
     return DetectorReward(load_detector(str(places["detector"]), device), load_colors(str(places["clip"]), device), name=name)
 
 
-def load_judge(source: Any = None, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> tuple[Any, str]:
-    """A vision-language model that answers questions about images (`ask`, `answer`), and what results call it.
+def load_judge(source: Any = None, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Any:
+    """A vision-language model that answers questions about images (`ask`, `answer`).
 
     source: a Qwen-VL model's folder or Hub id; Qwen3-VL-8B-Instruct without one. dtype: bfloat16 without one.
     Raises ValueError, FileNotFoundError or OSError as reward_models.load does.
     """
     import reward_models
 
-    place = source or reward_models.spec_of(VLM_JUDGE).checkpoint["model"]
-    return reward_models.load(VLM_JUDGE, source=source, device=str(_device(device)), dtype=dtype), f"{VLM_JUDGE} {place}"
+    return reward_models.load(VLM_JUDGE, source=source, device=str(_device(device)), dtype=dtype)
+
+
+def judge_name(source: Any = None) -> str:
+    """What results call that judge."""
+    return f"{VLM_JUDGE} {source or reward_specs()[VLM_JUDGE].checkpoint['model']}"
 
 
 def guided(pipeline: Any, method: GuidanceMethod, *, guidance_scale: float | None = None) -> AbstractContextManager[Guided]:

@@ -139,6 +139,21 @@ def test_dpg_and_geneval2_by_a_model(bench, tmp_path, judge):
     assert [row["values"] for row in rows(folder)] == [row["values"] for row in rows(tmp_path / "geneval2" / "none")]
 
 
+def test_a_report_loads_no_judge(bench, tmp_path, judge, monkeypatch):
+    """After the shards are done somebody sums up, maybe on a machine without room for the judge."""
+    dpg, parti = ["dpg", tmp_path / "dpg", "--judge", judge, "--samples", 1], ["parti", tmp_path / "parti", "--watch", "brightness"]
+    for command in (dpg, parti):
+        assert bench(*command, "--method", "none")[0] == 0
+
+    def refuse(*arguments, **named):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("diffalign.hub.load_judge", refuse)
+    monkeypatch.setattr("diffalign.hub.load_reward", refuse)
+    for command in (dpg, parti):
+        assert bench(*command, "--method", "none", "--stage", "report")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [

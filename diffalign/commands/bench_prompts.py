@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,22 @@ from diffalign.commands import options
 
 VLM = "vlm"
 QUESTIONS = ("dpg_bench.csv", "dpg_bench/dpg_bench.csv")
+
+
+class Later:
+    """A judge that is loaded when it is first asked; a report of what was judged before asks nobody."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = cache(load)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._load()(*arguments)
+
+    def ask(self, *arguments: Any) -> Any:
+        return self._load().ask(*arguments)
+
+    def answer(self, *arguments: Any) -> Any:
+        return self._load().answer(*arguments)
 
 
 def build(args: argparse.Namespace, common: Mapping[str, Any]) -> Any:
@@ -43,9 +60,11 @@ def with_rewards(args: argparse.Namespace, benchmark: Any, device: str) -> Any:
     from diffalign.benchmarks.preference import RewardScorer
     from diffalign.hub import load_reward, reward_specs
 
-    names = reward_names(args) or list(options.DEFAULT_REWARD)
-    mix, specs = load_reward(dict.fromkeys(names, 1.0), device=device), reward_specs()
-    scorers = [RewardScorer(mix.members[name][0], name, f"{name} ({specs[name].unit})", device) for name in names]
+    def later(name: str) -> Later:
+        return Later(lambda: load_reward(name, device=device).members[name][0])
+
+    names, specs = reward_names(args) or list(options.DEFAULT_REWARD), reward_specs()
+    scorers = [RewardScorer(later(name), name, f"{name} ({specs[name].unit})", device) for name in names]
     return dataclasses.replace(benchmark, scorers=scorers)
 
 
@@ -90,10 +109,10 @@ def require_judge(args: argparse.Namespace) -> None:
 
 def _panel(args: argparse.Namespace, device: str) -> Any:
     from diffalign.benchmarks.vqa import Panel
-    from diffalign.hub import load_judge
+    from diffalign.hub import judge_name, load_judge
 
-    judge, version = load_judge(None if args.judge == VLM else args.judge, device=device)
-    return Panel(judge, version, device)
+    source = None if args.judge == VLM else args.judge
+    return Panel(Later(lambda: load_judge(source, device=device)), judge_name(source), device)
 
 
 def with_dpg_judge(args: argparse.Namespace, benchmark: Any, device: str) -> Any:

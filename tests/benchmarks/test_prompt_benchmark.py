@@ -18,7 +18,7 @@ from diffalign.benchmarks.prompt_benchmark import PromptBenchmark
 from diffalign.benchmarks.prompt_sets import read_prompt_set
 from diffalign.benchmarks.scoring import Shard, score_missing
 from diffalign.benchmarks.vqa import GivenAnswers, Panel
-from diffalign.hub import load_judge, load_reward
+from diffalign.hub import judge_name, load_judge, load_reward
 from tests.benchmarks.prompt_files import DPG_HEAD, DPG_ROWS, write_prompt_files
 from tests.reward_models.tiny_vlms import write_judge
 
@@ -237,7 +237,7 @@ def test_wrong_scores_are_named(folders, tmp_path, text, message):
 def judge(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge")
     write_judge(folder)
-    return load_judge(folder, device="cpu", dtype="float32")
+    return load_judge(folder, device="cpu", dtype="float32"), judge_name(folder)
 
 
 def test_a_tiny_judge_answers_the_questions_of_both(folders, tmp_path, judge):
