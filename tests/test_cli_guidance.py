@@ -7,7 +7,7 @@ import json
 import pytest
 
 from diffalign.cli import main
-from diffalign.commands.guidance import FROM_FILE, METHODS
+from diffalign.commands.guidance import FROM_FILE, METHODS, summary
 from diffalign.methods.guidance_search import SearchedGuidance
 from diffalign.methods.linear_guidance import LinearCoefficients
 
@@ -71,6 +71,16 @@ def test_a_refresh_is_taken(generate):
     _, err, trace = generate("--guidance", "adaptive", "--guidance-threshold", "-0.9", "--guidance-refresh", "2")
     assert trace["guidance"]["evaluations"] == 6, err
     assert trace["settings"]["guidance"]["refresh"] == 2
+
+
+def test_the_user_is_told_what_was_saved(generate, monkeypatch):
+    told = []
+    monkeypatch.setattr("diffalign.commands.generate.tqdm.write", told.append)
+    generate("--guidance", "fixed")
+    assert told[-1].endswith(" s, 6 evaluations instead of 8")
+    generate(out="plain")
+    assert told[-1].endswith(" s")
+    assert summary({"method": "fixed", "saved": 0.25}) == ", fixed guidance saved 25 % of the evaluations"
 
 
 def test_linear_within_a_budget(train, generate):

@@ -240,13 +240,14 @@ def save(job: Job, record: dict[str, Any], output: Any, i: int) -> None:
 
 
 def summary_line(job: Job, record: dict[str, Any]) -> str:
+    cost = f"{record['seconds']:.2f} s{guidance.summary(record['guidance'])}"
     totals = record["rewards"].get("total")
     if not totals:
-        return f"{job.folder}: {record['seconds']:.2f} s"
+        return f"{job.folder}: {cost}"
     if record["method"] == "none":
-        return f"{job.folder}: total reward {shown(totals[0])}, {record['seconds']:.2f} s"
+        return f"{job.folder}: total reward {shown(totals[0])}, {cost}"
     gain = f"{shown(totals[0])} -> {shown(totals[record['best']])} in {len(totals)} evaluations"
-    return f"{job.folder}: total reward {gain}, {record['seconds']:.2f} s"
+    return f"{job.folder}: total reward {gain}, {cost}"
 
 
 def shown(score: float | None) -> str:

@@ -120,3 +120,12 @@ def record(report: Any, sample: int, searching: bool) -> dict[str, Any] | None:
         "evaluations_in_full": 2 * report.steps,
         "diagnostics": {name: series[sample] for name, series in report.diagnostics.items()},
     }
+
+
+def summary(record: Mapping[str, Any] | None) -> str:
+    """What to add to a line about one image, from `record`."""
+    if record is None:
+        return ""
+    if "evaluations" not in record:
+        return f", {record['method']} guidance saved {100 * record['saved']:.0f} % of the evaluations"
+    return f", {record['evaluations']} evaluations instead of {record['evaluations_in_full']}"
