@@ -31,15 +31,16 @@ app: $(VENV)/.diffalign-app ## the same in the browser
 	$(BIN)/diffalign demo
 
 test: $(VENV)/.diffalign-dev ## the tests that need minutes at most
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.diffalign-dev ## all tests, also the slow ones
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.diffalign-dev ## style, format, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+	rm -rf build/layout && mkdir -p build/layout && cp -R diffalign pyproject.toml build/layout && cp -R pipelines reward_models build/layout/diffalign
+	cd build/layout && PYTHONPATH=. $(abspath $(BIN))/lint-imports
 
 format: $(VENV)/.diffalign-dev ## put the code into the project's format
 	$(BIN)/ruff check --fix .

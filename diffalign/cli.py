@@ -74,12 +74,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _demo(args: argparse.Namespace) -> int:
-    try:
-        import app
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ImportError("the app needs gradio; install it with: pip install 'diffalign[app]'") from error
+    from diffalign import app
+
     app.main(host=args.host, port=args.port)
     return 0
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from diffalign.guidance import GuidanceMethod
+    from diffalign.pipelines.aligned import AlignedPipeline
+    from diffalign.pipelines.guidance.hook import Guided
+    from diffalign.pipelines.presets import Family, Preset
+    from diffalign.reward_models import Spec
     from diffalign.rewards import Calibration, RewardMix
-    from diffalign.types import GuidanceMethod
-    from pipelines.aligned import AlignedPipeline
-    from pipelines.guidance_hook import Guided
-    from pipelines.presets import Family, Preset
-    from reward_models import Spec
 
 VLM_JUDGE = "vlm-judge"
 _DETECTOR_FACTS: Mapping[str, Any] = MappingProxyType(
@@ -63,7 +63,7 @@ def load_pipeline(name: str | Path, *, device: str | torch.device | None = None,
     Raises: ValueError (unknown name, damaged folder), NotImplementedError (a model family we lack), FileNotFoundError (no such folder or
     weights not trained yet), OSError (the Hub cannot be reached or refuses). Each names the argument or the file.
     """
-    from pipelines import integrity, presets
+    from diffalign.pipelines import integrity, presets
 
     if not isinstance(name, (str, Path)) or not str(name):
         raise TypeError(f"name must be a preset, a Hub id or a folder, got {name!r}")
@@ -113,7 +113,7 @@ def load_reward(
     Raises ValueError for an unknown name (with a hint), an empty spec, a weight that is zero or not finite, a rule without the calibration
     that it needs; TypeError for wrong types.
     """
-    import reward_models
+    from diffalign import reward_models
     from diffalign.rewards import Calibration, RewardMix
     from diffalign.rewards.combine import find_rule
     from diffalign.rewards.gradients import find_gradient_rule
@@ -151,7 +151,7 @@ def load_reward(
 
 def reward_specs() -> Mapping[str, Spec]:
     """What is known of every reward that `load_reward` takes, by name: the table of reward_models, and GenEval's detector as a reward."""
-    from reward_models import SPECS, Spec
+    from diffalign.reward_models import SPECS, Spec
 
     return {**SPECS, **{name: Spec(name=name, **facts) for name, facts in DETECTOR_REWARDS.items()}}
 
@@ -175,7 +175,7 @@ def load_judge(source: Any = None, *, device: str | torch.device | None = None, 
     source: a Qwen-VL model's folder or Hub id; Qwen3-VL-8B-Instruct without one. dtype: bfloat16 without one.
     Raises ValueError, FileNotFoundError or OSError as reward_models.load does.
     """
-    import reward_models
+    from diffalign import reward_models
 
     return reward_models.load(VLM_JUDGE, source=source, device=str(_device(device)), dtype=dtype)
 
@@ -192,7 +192,7 @@ def guided(pipeline: Any, method: GuidanceMethod, *, guidance_scale: float | Non
     (PixArt; FLUX, whose true_cfg_scale it is) and methods that need it. `run.report` says what the last call cost.
     Raises ValueError for a pipeline that cannot be served, with the reason.
     """
-    from pipelines.guidance_hook import guide
+    from diffalign.pipelines.guidance.hook import guide
 
     return guide(pipeline, method, guidance_scale=guidance_scale, cosine_threshold=getattr(pipeline, "cosine_threshold", None))
 
@@ -224,7 +224,7 @@ def _dtype(dtype: Any, device: torch.device, preset: Preset | None) -> torch.dty
 
 def _packaged_path(preset: Preset) -> Path | None:
     """Where a preset of the package's own has its weights; None for one of the Hub's."""
-    from pipelines import presets
+    from diffalign.pipelines import presets
 
     if not preset.source.startswith(presets.PACKAGED):
         return None
@@ -233,7 +233,7 @@ def _packaged_path(preset: Preset) -> Path | None:
 
 def _preset_of_folder(folder: Path) -> Preset | None:
     """The packaged preset that lives in this folder: its path and its name must mean the same model and the same settings."""
-    from pipelines import presets
+    from diffalign.pipelines import presets
 
     for preset in presets.PRESETS.values():
         packaged = _packaged_path(preset)
@@ -266,7 +266,7 @@ def _first_sentence(error: Exception) -> str:
 def _from_hub(source: str, family: Family, preset: Preset | None, device: torch.device, dtype: Any) -> AlignedPipeline:
     import torch
 
-    from pipelines import integrity
+    from diffalign.pipelines import integrity
 
     chosen = _dtype(dtype, device, preset)
     variant = preset.variant if preset and chosen != torch.float32 else None
@@ -283,7 +283,7 @@ def _from_hub(source: str, family: Family, preset: Preset | None, device: torch.
 
 
 def _from_folder(folder: Path, family: Family, preset: Preset | None, device: torch.device, dtype: Any) -> AlignedPipeline:
-    from pipelines import integrity
+    from diffalign.pipelines import integrity
 
     files = integrity.check_files(folder)
     chosen = _dtype(dtype, device, preset)

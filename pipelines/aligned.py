@@ -14,13 +14,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from diffalign.pipelines import inputs, state
+from diffalign.pipelines.guidance import hook as guidance_hook
+from diffalign.pipelines.outputs import AlignedOutput, Conditioning
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.types import GuidanceMethod, GuidanceReport, NoiseMethod, NoiseProblem, StepMethod
-from pipelines import guidance_hook, inputs, state
-from pipelines.outputs import AlignedOutput, Conditioning
+from diffalign.guidance import GuidanceMethod, GuidanceReport
+from diffalign.types import NoiseMethod, NoiseProblem, StepMethod
 
 Progress = Callable[[int, Mapping[str, Sequence[float]]], None]
 
@@ -212,7 +214,7 @@ class AlignedPipeline:
         return AlignedOutput(images, None, seeds, cut, result.trace, result.noise.detach().float(), initial, guidance)
 
     def guide(self, method: GuidanceMethod) -> AbstractContextManager[guidance_hook.Guided]:
-        """Calls inside the block are guided by `method`; what `plugins=[method]` does for one call. See pipelines/guidance_hook.py."""
+        """Calls inside the block are guided by `method`; what `plugins=[method]` does for one call. See pipelines/guidance/hook.py."""
         return guidance_hook.guide(self, method, cosine_threshold=self.cosine_threshold)
 
     # ---- small change -----------------------------------------------------------------------------------------------------------

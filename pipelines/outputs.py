@@ -10,7 +10,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from diffalign.types import GuidanceReport, Trace
+from diffalign.guidance import GuidanceReport
+from diffalign.types import Trace
 
 
 @dataclass(frozen=True)

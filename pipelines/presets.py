@@ -58,7 +58,9 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "stable-diffusion": Family("StableDiffusionPipeline", "pipelines.stable_diffusion", "AlignedStableDiffusionPipeline"),
+    "stable-diffusion": Family(
+        "StableDiffusionPipeline", "diffalign.pipelines.families.stable_diffusion", "AlignedStableDiffusionPipeline"
+    ),
 }
 
 _TABLE = (

@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reward_models.sources import sources_of
-from reward_models.spec import Spec
-from reward_models.table import SPECS
+from diffalign.reward_models.sources import sources_of
+from diffalign.reward_models.spec import Spec
+from diffalign.reward_models.table import SPECS
 
 if TYPE_CHECKING:
     import torch
-
-    from reward_models.base import RewardModel
+    from diffalign.reward_models.base import RewardModel
 
 __all__ = ["DTYPES", "NAMES", "SPECS", "Spec", "load", "spec_of"]
 

@@ -15,16 +15,15 @@ import itertools
 from collections.abc import Mapping
 
 import torch.nn.functional as F
+from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.checkpoints import load_strict, read_json, read_weights, weights_file
+from diffalign.reward_models.clip_files import OPENAI_MEAN, OPENAI_STD, TRANSFORMERS_WEIGHTS, built, load_clip, place_of, width_of
+from diffalign.reward_models.pixels import Preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
-
-from reward_models.base import Images, RewardModel, Scores
-from reward_models.checkpoints import load_strict, read_json, read_weights, weights_file
-from reward_models.clip_files import OPENAI_MEAN, OPENAI_STD, TRANSFORMERS_WEIGHTS, built, load_clip, place_of, width_of
-from reward_models.pixels import Preprocess
-from reward_models.sources import Source
-from reward_models.spec import Spec
 
 WIDTHS = (1024, 128, 64, 16, 1)
 LAION_LAYERS = (0, 2, 4, 6, 7)  # places of the linear layers in their nn.Sequential; dropout lies between

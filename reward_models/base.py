@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffalign.reward_models.spec import Spec
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffalign.types import Images, Scores
-from reward_models.spec import Spec
 
 logger = logging.getLogger(__name__)
 

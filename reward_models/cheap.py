@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 
 import torch
+from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.spec import Spec
 from PIL import Image
 from torch import Tensor
-
-from reward_models.base import Images, RewardModel, Scores
-from reward_models.spec import Spec
 
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709, taken on the encoded values as they are
 

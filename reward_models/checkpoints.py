@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from diffalign.reward_models.sources import Source
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from reward_models.sources import Source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,14 +12,13 @@ from typing import Any
 
 import open_clip
 import torch
+from diffalign.reward_models.checkpoints import load_strict, read_json, read_weights, weights_file, without_weights
+from diffalign.reward_models.clip_text import LENGTH, VOCABULARY
+from diffalign.reward_models.pixels import Preprocess
+from diffalign.reward_models.sources import Source
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
-
-from reward_models.checkpoints import load_strict, read_json, read_weights, weights_file, without_weights
-from reward_models.clip_text import LENGTH, VOCABULARY
-from reward_models.pixels import Preprocess
-from reward_models.sources import Source
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # also LAION's H/14 and bigG/14
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
+from diffalign.reward_models.clip_files import load_clip, place_of, text_modules
+from diffalign.reward_models.clip_text import open_clip_tokens
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 from jaxtyping import Float
 from torch import Tensor
-
-from reward_models.base import Images, RewardModel, Scores, cosine
-from reward_models.clip_files import load_clip, place_of, text_modules
-from reward_models.clip_text import open_clip_tokens
-from reward_models.sources import Source
-from reward_models.spec import Spec
 
 
 class CLIPScore(RewardModel):

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import open_clip
+from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
+from diffalign.reward_models.checkpoints import load_strict, read_weights, without_weights
+from diffalign.reward_models.clip_files import OPEN_CLIP_TEXT, OPENAI_MEAN, OPENAI_STD, place_of
+from diffalign.reward_models.clip_text import open_clip_tokens
+from diffalign.reward_models.pixels import Preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 from jaxtyping import Float
 from torch import Tensor
-
-from reward_models.base import Images, RewardModel, Scores, cosine
-from reward_models.checkpoints import load_strict, read_weights, without_weights
-from reward_models.clip_files import OPEN_CLIP_TEXT, OPENAI_MEAN, OPENAI_STD, place_of
-from reward_models.clip_text import open_clip_tokens
-from reward_models.pixels import Preprocess
-from reward_models.sources import Source
-from reward_models.spec import Spec
 
 
 class HPS(RewardModel):

@@ -21,17 +21,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from diffalign.reward_models.base import Images, RewardModel, Scores, check_call
+from diffalign.reward_models.checkpoints import load_strict, read_json, read_weights, weights_file, without_weights
+from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD
+from diffalign.reward_models.qwen_pixels import QwenPixels
+from diffalign.reward_models.qwen_text import last, pad, read_chat, show
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
-
-from reward_models.base import Images, RewardModel, Scores, check_call
-from reward_models.checkpoints import load_strict, read_json, read_weights, weights_file, without_weights
-from reward_models.pixels import OPENAI_MEAN, OPENAI_STD
-from reward_models.qwen_pixels import QwenPixels
-from reward_models.qwen_text import last, pad, read_chat, show
-from reward_models.sources import Source
-from reward_models.spec import Spec
 
 REWARD = "<|Reward|>"
 PIXELS = 256 * 28 * 28
@@ -92,7 +91,7 @@ class HPSv3(RewardModel):
 
 def read_instruction() -> str:
     """The published instruction: {text_prompt} stands for the prompt, <|Reward|> for the token that is scored."""
-    return importlib.resources.files("reward_models").joinpath("hpsv3_prompt.txt").read_text(encoding="utf-8")
+    return importlib.resources.files("diffalign.reward_models").joinpath("hpsv3_prompt.txt").read_text(encoding="utf-8")
 
 
 def rename(name: str) -> str:

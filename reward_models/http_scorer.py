@@ -5,7 +5,7 @@
 
 Images travel as 8-bit PNG, which loses less than any file on a disk has lost already, and nothing is ever unpickled. Requests that fail in
 passing (no connection, timeouts, 429, 5xx) are tried again, a few times and after a random pause; what a server says of an item is final.
-`python -m reward_models.http_server NAME` is such a server for any reward of the table.
+`python -m diffalign.reward_models.http_server NAME` is such a server for any reward of the table.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import torch
+from diffalign.reward_models.base import RewardModel, Scores, check_call, check_prompts
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 from PIL import Image
 from torch import Tensor
-
-from reward_models.base import RewardModel, Scores, check_call, check_prompts
-from reward_models.sources import Source
-from reward_models.spec import Spec
 
 MOST_BYTES = 1 << 24  # of a reply
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP's own words for "later"

@@ -1,4 +1,4 @@
-"""A server for `http` (see http_scorer.py), over any reward of the table: python -m reward_models.http_server NAME [--port 8111].
+"""A server for `http` (see http_scorer.py), over any reward of the table: python -m diffalign.reward_models.http_server NAME [--port 8111].
 
 It listens on this machine alone unless told otherwise, scores one request at a time, and answers item by item: one broken picture costs one
 score. Meant for a reward on another graphics card or in another environment, not for the open internet.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import reward_models
+from diffalign import reward_models
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def answer(score: Callable[[torch.Tensor, list[str]], torch.Tensor], item: Any) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m reward_models.http_server", description="Serve a reward over HTTP.")
+    parser = argparse.ArgumentParser(prog="python -m diffalign.reward_models.http_server", description="Serve a reward over HTTP.")
     parser.add_argument("name", help="a reward of the table")
     parser.add_argument("--source", help="where its weights lie")
     parser.add_argument("--device", default="cpu")

@@ -20,15 +20,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.checkpoints import load_strict, read_plain_tokenizer, read_weights, report_cut, without_weights
+from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
-from reward_models.base import Images, RewardModel, Scores
-from reward_models.checkpoints import load_strict, read_plain_tokenizer, read_weights, report_cut, without_weights
-from reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
-from reward_models.sources import Source
-from reward_models.spec import Spec
 
 TOKENS = 35  # with [CLS] and [SEP]
 HEAD_WIDTH = 64

@@ -19,17 +19,16 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
+from diffalign.reward_models.checkpoints import load_strict, read_weights, weights_file, without_weights
+from diffalign.reward_models.clip_files import OPENAI_MEAN, OPENAI_STD, POSITION_IDS, TRANSFORMERS_TEXT, clip_config
+from diffalign.reward_models.clip_text import transformers_tokens
+from diffalign.reward_models.pixels import Preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import CLIPModel
-
-from reward_models.base import Images, RewardModel, Scores, cosine
-from reward_models.checkpoints import load_strict, read_weights, weights_file, without_weights
-from reward_models.clip_files import OPENAI_MEAN, OPENAI_STD, POSITION_IDS, TRANSFORMERS_TEXT, clip_config
-from reward_models.clip_text import transformers_tokens
-from reward_models.pixels import Preprocess
-from reward_models.sources import Source
-from reward_models.spec import Spec
 
 OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffalign.reward_models.checkpoints import read_json
+from diffalign.reward_models.pixels import resize
 from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.types import Images
-from reward_models.checkpoints import read_json
-from reward_models.pixels import resize
 
 MOST_ASPECT = 200  # the original refuses thinner images
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import open_clip
+from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.checkpoints import load_strict, read_json, read_weights
+from diffalign.reward_models.clip_files import load_open_clip
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 from torch import Tensor, nn
-
-from reward_models.base import Images, RewardModel, Scores
-from reward_models.checkpoints import load_strict, read_json, read_weights
-from reward_models.clip_files import load_open_clip
-from reward_models.sources import Source
-from reward_models.spec import Spec
 
 KEYS = ("features", "width", "patches", "channels", "hidden")
 

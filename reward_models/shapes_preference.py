@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
+from diffalign.reward_models.checkpoints import read_tokenizer, tokenize
+from diffalign.reward_models.clip_files import TRANSFORMERS_TEXT, load_transformers_clip, read_preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 from jaxtyping import Float
 from torch import Tensor
-
-from reward_models.base import Images, RewardModel, Scores, cosine
-from reward_models.checkpoints import read_tokenizer, tokenize
-from reward_models.clip_files import TRANSFORMERS_TEXT, load_transformers_clip, read_preprocess
-from reward_models.sources import Source
-from reward_models.spec import Spec
 
 
 class ShapesPreference(RewardModel):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from reward_models.spec import Spec
+from diffalign.reward_models.spec import Spec
 
 PACKAGE = "package:"
 HUB = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>.+))?")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reward_models.spec import Spec
+from diffalign.reward_models.spec import Spec
 
 _HESSEL = "Hessel et al., CLIPScore (arXiv 2104.08718)"
 _HPS = "Wu et al., Human Preference Score v2 (arXiv 2306.09341)"
@@ -13,7 +13,7 @@ _DDPO = "Black et al., Training Diffusion Models with Reinforcement Learning (ar
 SPECS: dict[str, Spec] = {
     "shapes-clip": Spec(
         name="shapes-clip",
-        target="reward_models.shapes_clip:ShapesCLIP",
+        target="diffalign.reward_models.shapes_clip:ShapesCLIP",
         paper="Hessel et al., CLIPScore (arXiv 2104.08718); Radford et al., CLIP (arXiv 2103.00020)",
         licence="Apache-2.0",
         range=(0.0, 60.0),
@@ -23,7 +23,7 @@ SPECS: dict[str, Spec] = {
     ),
     "shapes-preference": Spec(
         name="shapes-preference",
-        target="reward_models.shapes_preference:ShapesPreference",
+        target="diffalign.reward_models.shapes_preference:ShapesPreference",
         paper="Kirstain et al., Pick-a-Pic and PickScore (arXiv 2305.01569)",
         licence="Apache-2.0",
         range=(-5.0, 15.0),
@@ -33,7 +33,7 @@ SPECS: dict[str, Spec] = {
     ),
     "shapes-aesthetic": Spec(
         name="shapes-aesthetic",
-        target="reward_models.shapes_aesthetic:ShapesAesthetic",
+        target="diffalign.reward_models.shapes_aesthetic:ShapesAesthetic",
         paper="Schuhmann et al., LAION-5B (arXiv 2210.08402): a head on CLIP features; here on composition, see the weights' card",
         licence="Apache-2.0",
         range=(0.0, 10.0),
@@ -44,7 +44,7 @@ SPECS: dict[str, Spec] = {
     ),
     "clip-l14": Spec(
         name="clip-l14",
-        target="reward_models.clip_score:CLIPScore",
+        target="diffalign.reward_models.clip_score:CLIPScore",
         paper=f"{_HESSEL}; Radford et al., CLIP (arXiv 2103.00020)",
         licence="MIT",
         range=(15.0, 35.0),
@@ -55,7 +55,7 @@ SPECS: dict[str, Spec] = {
     ),
     "clip-h14": Spec(
         name="clip-h14",
-        target="reward_models.clip_score:CLIPScore",
+        target="diffalign.reward_models.clip_score:CLIPScore",
         paper=f"{_HESSEL}; Cherti et al., OpenCLIP (arXiv 2212.07143)",
         licence="MIT",
         range=(15.0, 40.0),
@@ -65,7 +65,7 @@ SPECS: dict[str, Spec] = {
     ),
     "clip-bigg14": Spec(
         name="clip-bigg14",
-        target="reward_models.clip_score:CLIPScore",
+        target="diffalign.reward_models.clip_score:CLIPScore",
         paper=f"{_HESSEL}; Cherti et al., OpenCLIP (arXiv 2212.07143)",
         licence="MIT",
         range=(15.0, 40.0),
@@ -75,7 +75,7 @@ SPECS: dict[str, Spec] = {
     ),
     "pickscore": Spec(
         name="pickscore",
-        target="reward_models.pickscore:PickScore",
+        target="diffalign.reward_models.pickscore:PickScore",
         paper="Kirstain et al., Pick-a-Pic and PickScore (arXiv 2305.01569)",
         licence="MIT",
         range=(17.0, 24.0),
@@ -85,7 +85,7 @@ SPECS: dict[str, Spec] = {
     ),
     "hpsv2": Spec(
         name="hpsv2",
-        target="reward_models.hps:HPS",
+        target="diffalign.reward_models.hps:HPS",
         paper=_HPS,
         licence="Apache-2.0",
         range=(0.20, 0.30),
@@ -96,7 +96,7 @@ SPECS: dict[str, Spec] = {
     ),
     "hpsv2.1": Spec(
         name="hpsv2.1",
-        target="reward_models.hps:HPS",
+        target="diffalign.reward_models.hps:HPS",
         paper=_HPS,
         licence="Apache-2.0",
         range=(0.12, 0.35),
@@ -107,7 +107,7 @@ SPECS: dict[str, Spec] = {
     ),
     "laion-aesthetic-v2": Spec(
         name="laion-aesthetic-v2",
-        target="reward_models.aesthetic:LaionAesthetic",
+        target="diffalign.reward_models.aesthetic:LaionAesthetic",
         paper="Schuhmann et al., LAION-5B (arXiv 2210.08402)",
         licence="Apache-2.0 (head), MIT (CLIP)",
         range=(1.0, 10.0),
@@ -122,7 +122,7 @@ SPECS: dict[str, Spec] = {
     ),
     "aesthetic-v2.5": Spec(
         name="aesthetic-v2.5",
-        target="reward_models.aesthetic:SiglipAesthetic",
+        target="diffalign.reward_models.aesthetic:SiglipAesthetic",
         paper="none: discus0434/aesthetic-predictor-v2-5 on SigLIP (arXiv 2303.15343)",
         licence="AGPL-3.0 (head: what uses it comes under it), Apache-2.0 (SigLIP)",
         range=(1.0, 10.0),
@@ -137,7 +137,7 @@ SPECS: dict[str, Spec] = {
     ),
     "mps": Spec(
         name="mps",
-        target="reward_models.mps:MPS",
+        target="diffalign.reward_models.mps:MPS",
         paper="Zhang et al., Learning Multi-dimensional Human Preference for Text-to-Image Generation (CVPR 2024)",
         licence="MIT",
         range=(8.0, 16.0),
@@ -148,7 +148,7 @@ SPECS: dict[str, Spec] = {
     ),
     "image-reward": Spec(
         name="image-reward",
-        target="reward_models.image_reward:ImageReward",
+        target="diffalign.reward_models.image_reward:ImageReward",
         paper="Xu et al., ImageReward (arXiv 2304.05977)",
         licence="Apache-2.0",
         range=(-2.0, 2.0),
@@ -158,7 +158,7 @@ SPECS: dict[str, Spec] = {
     ),
     "hpsv3": Spec(
         name="hpsv3",
-        target="reward_models.hpsv3:HPSv3",
+        target="diffalign.reward_models.hpsv3:HPSv3",
         paper="Ma et al., HPSv3 (arXiv 2508.03789)",
         licence="MIT (HPSv3), Apache-2.0 (Qwen2-VL)",
         range=(-5.0, 12.0),
@@ -169,7 +169,7 @@ SPECS: dict[str, Spec] = {
     ),
     "vqascore": Spec(
         name="vqascore",
-        target="reward_models.vqascore:VQAScore",
+        target="diffalign.reward_models.vqascore:VQAScore",
         paper="Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation (arXiv 2404.01291)",
         licence="Apache-2.0",
         range=(0.0, 1.0),
@@ -180,7 +180,7 @@ SPECS: dict[str, Spec] = {
     ),
     "vlm-judge": Spec(
         name="vlm-judge",
-        target="reward_models.vlm_judge:VLMJudge",
+        target="diffalign.reward_models.vlm_judge:VLMJudge",
         paper="Lin et al., VQAScore (arXiv 2404.01291), on a decoder; Bai et al., Qwen3-VL (arXiv 2511.21631)",
         licence="Apache-2.0",
         range=(0.0, 1.0),
@@ -191,7 +191,7 @@ SPECS: dict[str, Spec] = {
     ),
     "image-sentiment": Spec(
         name="image-sentiment",
-        target="reward_models.sentiment:ImageSentiment",
+        target="diffalign.reward_models.sentiment:ImageSentiment",
         paper="Lee et al., Parrot (arXiv 2401.05675); Radford et al., CLIP (arXiv 2103.00020)",
         licence="MIT",
         range=(-5.0, 5.0),
@@ -202,7 +202,7 @@ SPECS: dict[str, Spec] = {
     ),
     "http": Spec(
         name="http",
-        target="reward_models.http_scorer:HTTPScorer",
+        target="diffalign.reward_models.http_scorer:HTTPScorer",
         paper="none: whatever the server behind the address computes",
         licence="that of what the server runs",
         range=(-100.0, 100.0),
@@ -212,7 +212,7 @@ SPECS: dict[str, Spec] = {
     ),
     "jpeg-compressibility": Spec(
         name="jpeg-compressibility",
-        target="reward_models.cheap:JPEGSize",
+        target="diffalign.reward_models.cheap:JPEGSize",
         paper=_DDPO,
         licence="Apache-2.0",
         range=(-200.0, 0.0),
@@ -223,7 +223,7 @@ SPECS: dict[str, Spec] = {
     ),
     "jpeg-incompressibility": Spec(
         name="jpeg-incompressibility",
-        target="reward_models.cheap:JPEGSize",
+        target="diffalign.reward_models.cheap:JPEGSize",
         paper=_DDPO,
         licence="Apache-2.0",
         range=(0.0, 200.0),
@@ -234,7 +234,7 @@ SPECS: dict[str, Spec] = {
     ),
     "brightness": Spec(
         name="brightness",
-        target="reward_models.cheap:Brightness",
+        target="diffalign.reward_models.cheap:Brightness",
         paper="none: mean luminance (ITU-R BT.709), for first steps and tests",
         licence="Apache-2.0",
         range=(0.0, 1.0),

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffalign.pipelines.presets import get_preset
 from tqdm import tqdm
 
 from diffalign.benchmarks.shapes import ShapesBenchmark
@@ -39,7 +40,6 @@ from diffalign.methods.guidance_search import SearchedGuidance, SearchSettings, 
 from diffalign.methods.linear_guidance import LinearCoefficients, LinearGuidance, LinearSettings
 from diffalign.methods.linear_guidance_fit import LinearFit
 from diffalign.shapes.detector import judge_images
-from pipelines.presets import get_preset
 
 REFRESH = (3, 4)
 SAVINGS = (0.25, 0.35)  # the two goals

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import diffalign
-import reward_models
+from diffalign import reward_models
 from diffalign.benchmarks.report import interval, table
 from diffalign.benchmarks.shapes import ShapesBenchmark
 from diffalign.benchmarks.statistics import overall_estimate, paired_difference

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 # The hook imports its checker by name, and finds no submodule of `tests` under pytest's importlib mode.
 sys.modules["shapecheck"] = tests.shapecheck
 # Add a package here once its annotations hold.
-install_import_hook(["pipelines", "reward_models", "diffalign.rewards"], "shapecheck.check_shapes")
+install_import_hook(["diffalign.pipelines", "diffalign.reward_models", "diffalign.rewards"], "shapecheck.check_shapes")
 
 
 @pytest.fixture

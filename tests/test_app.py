@@ -10,7 +10,7 @@ import torch
 gr = pytest.importorskip("gradio", reason="the app is an extra: pip install 'diffalign[app]'")
 gradio_client = pytest.importorskip("gradio_client")
 
-import app  # noqa: E402
+from diffalign.app import improve as app  # noqa: E402
 from diffalign.types import RewardScores  # noqa: E402
 from tests.tiny import tiny_stable_diffusion  # noqa: E402
 

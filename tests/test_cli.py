@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from diffalign import __version__
 from diffalign.cli import build_parser, main
 from diffalign.commands import config, options
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "matplotlib", "gradio")
 
 

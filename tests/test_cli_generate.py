@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from safetensors.torch import load_file
 from diffalign.cli import main
 from diffalign.commands.generate import SLUG_LENGTH, slug
 
-ROOT = Path(__file__).parent.parent
 FILES = {"before.png", "after.png", "strip.png", "rewards.png", "noise.safetensors", "trace.json"}
 
 
@@ -322,7 +320,7 @@ def test_a_run_killed_in_the_middle_goes_on(generate, tiny_folder, tmp_path, sig
     """Killed for real while it works; nothing is half-written, and the same command finishes the rest."""
     prompts = [f"{i} stars" for i in range(6)]
     arguments = [*prompts, "--batch-size", "1", "--method", "best-of-n"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "diffalign.cli", *command(tiny_folder, tmp_path / "out", *arguments, iterations=60)[1:]]
     # a shell's background jobs ignore Ctrl-C, and what they start inherits that; the command must not, to be interrupted here
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

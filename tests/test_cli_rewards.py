@@ -6,15 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from diffalign.cli import main
 from diffalign.commands import rewards
 from diffalign.hub import reward_specs
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 SPECS = reward_specs()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pandas
@@ -19,9 +18,9 @@ from diffalign.commands import score_run
 from diffalign.commands.image_files import list_images
 from diffalign.images import Picture, read_image
 from tests import scored
+from tests.places import WEIGHTS
 from tests.scored import CHEAP, PROMPTS, SHAPES, lines, results, scores
 
-WEIGHTS = Path(__file__).parent.parent / "diffalign" / "shapes" / "weights"
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the shapes rewards are not trained yet")
 
 

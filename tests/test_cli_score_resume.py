@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
+from diffalign.reward_models.base import RewardModel
 from PIL import Image
 
 import diffalign.hub as hub
@@ -21,12 +21,10 @@ from diffalign import load_reward
 from diffalign.commands import score_run
 from diffalign.commands.image_files import list_images
 from diffalign.files import appending, read_lines
-from reward_models.base import RewardModel
 from tests import scored
+from tests.places import WEIGHTS
 from tests.scored import CHEAP, lines, results, scores
 
-ROOT = Path(__file__).parent.parent
-WEIGHTS = ROOT / "diffalign" / "shapes" / "weights"
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the shapes rewards are not trained yet")
 
 
@@ -176,7 +174,7 @@ def test_a_killed_run_goes_on(tmp_path, score):
     kept = f"of 300 scores are kept in {tmp_path / 'out'}; the same command continues"
     line = [sys.executable, "-m", "diffalign.cli", "score", str(tmp_path / "many"), "--reward", "jpeg-compressibility"]
     line += ["--batch-size", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # a shell's background jobs ignore Ctrl-C, and what they start inherits that; the command must not, to be interrupted here
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     done = 0

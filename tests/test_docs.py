@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from diffalign.types import NoiseProblem, RewardScores
-
-ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "diffalign" / "shapes" / "weights"
+from tests.places import ROOT, WEIGHTS
 
 
 def code(document: str) -> list[str]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffalign.pipelines import presets
+from diffalign.pipelines.families.stable_diffusion import AlignedStableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import diffalign
 from diffalign import hub
-from pipelines import presets
-from pipelines.stable_diffusion import AlignedStableDiffusionPipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,15 +11,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("diffalign", "pipelines", "reward_models")
+from tests.places import ROOT, copy_installed_layout, sources
+
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "open_clip", "numpy", "scipy", "pandas", "matplotlib", "PIL", "gradio"}
 MOST_LINES, MOST_LINES_OF_A_METHOD = 400, 250
 
 
-def run_python(code: str, cwd: Path = ROOT) -> str:
-    env = {**os.environ, "PYTHONPATH": str(cwd)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -36,31 +34,30 @@ def lint(root: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", LINT], cwd=root, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_imports_point_one_way():
-    done = lint(ROOT)
+def test_imports_point_one_way(tmp_path):
+    copy_installed_layout(tmp_path)
+    done = lint(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 PLANTED = [
     ("diffalign/types.py", "diffalign.rewards"),  # upward
-    ("diffalign/methods/reno.py", "pipelines.presets"),  # a sibling
-    ("reward_models/__init__.py", "diffalign.methods.search"),
-    ("pipelines/__init__.py", "diffalign.hub"),
-    ("diffalign/rewards/mix.py", "reward_models"),
+    ("diffalign/methods/reno.py", "diffalign.pipelines.presets"),  # a sibling
+    ("diffalign/reward_models/__init__.py", "diffalign.methods.search"),
+    ("diffalign/pipelines/__init__.py", "diffalign.hub"),
+    ("diffalign/rewards/mix.py", "diffalign.reward_models"),
     ("diffalign/benchmarks/report.py", "diffalign.methods.reno"),  # more than a protocol
     ("diffalign/shapes/scenes.py", "diffalign.benchmarks.report"),  # more than the rules
-    ("pipelines/outputs.py", "diffalign.shapes.detector"),  # the judge
+    ("diffalign/pipelines/outputs.py", "diffalign.shapes.detector"),  # the judge
     ("diffalign/benchmarks/detector_reward.py", "diffalign.shapes.detector"),  # a reward from the judge
-    ("diffalign/hub.py", "app"),
+    ("diffalign/hub.py", "diffalign.app"),
     ("diffalign/commands/bench.py", "gradio"),
 ]
 
 
 def test_forbidden_imports_are_found(tmp_path):
     """All planted at once in a copy, inside functions, where they are easily overlooked."""
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("weights", "__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    copy_installed_layout(tmp_path)
     for file, forbidden in PLANTED:
         with (tmp_path / file).open("a") as source:
             source.write(f"\n\ndef _planted():\n    import {forbidden}\n\n    return {forbidden}\n")
@@ -78,11 +75,7 @@ def test_every_module_of_diffalign_has_a_layer():
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (c["layers"] for c in contracts if c["type"] == "layers")
     named = {name.strip(" ()") for layer in layers for name in layer.replace("|", ":").split(":")}
-    modules = {
-        f"diffalign.{path.stem}"
-        for path in (ROOT / "diffalign").iterdir()
-        if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").exists()
-    }
+    modules = {f"diffalign.{place.split('/')[1].removesuffix('.py')}" for place in sources()} - {"diffalign.__init__"}
     assert modules <= named
 
 
@@ -117,8 +110,9 @@ def test_every_public_name_is_there():
 
 
 def test_no_file_outgrows_its_reader():
-    files = [path for package in (*PACKAGES, "tests", "scripts") for path in (ROOT / package).rglob("*.py")] + [*ROOT.glob("*.py")]
-    lines = {path.relative_to(ROOT).as_posix(): path.read_text().count("\n") for path in files}
+    others = [path for folder in ("tests", "scripts") for path in (ROOT / folder).rglob("*.py")] + [*ROOT.glob("*.py")]
+    files = {**sources(), **{path.relative_to(ROOT).as_posix(): path for path in others}}
+    lines = {name: path.read_text().count("\n") for name, path in files.items()}
     assert len(lines) > 20
     long = {
         name: count

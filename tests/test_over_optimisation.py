@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "diffalign" / "shapes" / "weights"
+from tests.places import ROOT, WEIGHTS
 
 
 @pytest.fixture
@@ -28,8 +26,9 @@ def test_the_image_that_would_be_returned(script):
 
 
 def test_a_choice_among_candidates_is_what_best_of_n_would_make(script):
+    from diffalign.reward_models import load
+
     from diffalign.rewards import Calibration, RewardMix
-    from reward_models import load
 
     rewards = {name: [3.0, 1.0, 2.0] for name in script.REWARDS} | {"shapes-clip": [0.0, 9.0, 5.0]}
     mix = RewardMix(

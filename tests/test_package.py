@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 import diffalign
+from tests.places import ROOT, WEIGHTS, sources
 
-ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "diffalign" / "shapes" / "weights"
 MODELS = ("shapes", "shapes-turbo", "shapes-clip", "shapes-preference", "shapes-aesthetic")
 MOST_BYTES = 40_000_000
 TEXT = {".json", ".txt", ".md"}
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OURS = {"diffalign", "pipelines", "reward_models", "app"}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 
 # Needed by what we import rather than by our own lines.
 INDIRECT = {
@@ -42,8 +41,7 @@ def imported() -> dict[str, set[str]]:
     """Distribution -> the files of ours that import it, the standard library and ourselves left out."""
     distributions = metadata.packages_distributions()
     found: dict[str, set[str]] = {}
-    files = [path for package in OURS - {"app"} for path in (ROOT / package).rglob("*.py")] + [ROOT / "app.py"]
-    for path in files:
+    for place, path in {**sources(), "app.py": ROOT / "app.py"}.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -51,9 +49,9 @@ def imported() -> dict[str, set[str]]:
                 names = [node.module]
             else:
                 continue
-            for top in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - OURS:
+            for top in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"diffalign"}:
                 for distribution in distributions.get(top, [top]):
-                    found.setdefault(normal(distribution), set()).add(path.relative_to(ROOT).as_posix())
+                    found.setdefault(normal(distribution), set()).add(place)
     return found
 
 
@@ -62,12 +60,18 @@ def test_everything_imported_is_declared():
     core, extras = required(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
     app, inside = required(extras["app"]), required(extras["track"]) | required(extras["bench"])
     for distribution, files in imported().items():
-        allowed = core | (app if files == {"app.py"} else inside)
+        allowed = core | (app if all(file.startswith("diffalign/app/") for file in files) else inside)
         assert distribution in allowed, f"{distribution}, imported by {', '.join(sorted(files))}"
 
 
 def test_everything_declared_is_used():
     assert required(PROJECT["dependencies"]) - set(imported()) <= set(INDIRECT)
+
+
+def test_the_list_of_packages_is_complete():
+    """A folder that the list lacks would be left out of an installation."""
+    found = {place.rpartition("/")[0].replace("/", ".") for place in sources()}
+    assert found == set(PYPROJECT["tool"]["setuptools"]["packages"])
 
 
 def test_the_version_is_told_once():

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffalign.pipelines.presets import PRESETS
+from diffalign.reward_models import SPECS
 
-from pipelines.presets import PRESETS
-from reward_models import SPECS
 from tests.benchmarks.prompt_files import write_prompt_files
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_mask2former import mmdet_layout, tiny_mask2former

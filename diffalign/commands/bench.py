@@ -193,7 +193,7 @@ def one_warning_of_cut_text() -> Iterator[None]:
         seen.extend([record.msg] * cut)
         return not cut or len(seen) == 1
 
-    logger = logging.getLogger("pipelines.inputs")
+    logger = logging.getLogger("diffalign.pipelines.inputs")
     logger.addFilter(first)
     try:
         yield

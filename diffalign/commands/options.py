@@ -31,7 +31,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 def pipeline_name(text: str) -> str:
     """A preset, a local folder, or a hub id "owner/name"."""
-    from pipelines.presets import PRESETS, get_preset
+    from diffalign.pipelines.presets import PRESETS, get_preset
 
     if text not in PRESETS and ("/" in text or os.sep in text or Path(text).is_dir()):
         return text

@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 def sources(given: Sequence[tuple[str, str | None, str]], specs: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Reward -> part -> where its weights lie. Raises ValueError for a reward not to score, a part it lacks, or two places for one."""
-    from reward_models import sources_of
+    from diffalign.reward_models import sources_of
 
     found: dict[str, dict[str, str]] = {}
     for name, part, place in given:

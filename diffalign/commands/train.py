@@ -169,7 +169,7 @@ def sampler(
 
     There are as many batches as the prompts fill, and then the first one again, with its noises; what full guidance makes of it is kept.
     """
-    from pipelines import inputs, state
+    from diffalign.pipelines import inputs, state
 
     for change in (state.frozen, state.own_scheduler):
         stack.enter_context(change(pipeline))

@@ -32,9 +32,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from diffalign.guidance import Branch, GuidanceRun
 from diffalign.methods.checks import check_integer, check_number
 from diffalign.methods.guidance import SPACES, Guidance, cosine, direction, leading, resolve_space
-from diffalign.types import Branch, GuidanceRun
 
 logger = logging.getLogger(__name__)
 

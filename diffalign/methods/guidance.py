@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.diffusion import sample_dot
-from diffalign.types import Branch, GuidancePolicy, GuidanceRun
+from diffalign.guidance import Branch, GuidancePolicy, GuidanceRun
+from diffalign.noise import sample_dot
 
 SPACES = ("auto", "x0", "velocity", "model_output")
 

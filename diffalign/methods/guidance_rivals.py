@@ -16,9 +16,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from diffalign.guidance import Branch, GuidanceRun
 from diffalign.methods.checks import check_integer, check_number
 from diffalign.methods.guidance import Guidance, Planned, leading
-from diffalign.types import Branch, GuidanceRun
 
 
 @dataclass(frozen=True, kw_only=True)

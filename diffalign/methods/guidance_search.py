@@ -35,11 +35,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.diffusion import sample_dot
 from diffalign.files import read_json, write_json
+from diffalign.guidance import Branch, GuidanceRun
 from diffalign.methods.checks import check_integer, check_number
 from diffalign.methods.guidance import Guidance, Planned, guided_within, require_same_identity, require_scale
-from diffalign.types import Branch, GuidanceRun
+from diffalign.noise import sample_dot
 
 UNCONDITIONAL, CONDITIONAL = 0.0, 1.0
 PORTABLE = ("negative",)  # a policy evaluates what it uses, so it holds for any negative prompt

@@ -34,9 +34,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.files import read_json, whole_folder, write_json
+from diffalign.guidance import Branch, GuidanceRun
 from diffalign.methods.checks import check_integer, check_number
 from diffalign.methods.guidance import Guidance, Planned, require_same_identity, require_scale
-from diffalign.types import Branch, GuidanceRun
 
 TENSORS, DESCRIPTION = "linear_guidance.safetensors", "linear_guidance.json"
 

@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffalign.guidance import GuidanceRun
 from diffalign.methods.guidance import Guidance, Planned, guided_within, leading, require_same_identity, require_scale
 from diffalign.methods.linear_guidance import LinearCoefficients, LinearSettings, features
-from diffalign.types import GuidanceRun
 
 logger = logging.getLogger(__name__)
 

@@ -34,9 +34,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.diffusion import noise_statistics, norm_log_density, sample_dot, sample_norm, seeded_noise, spread, tangent, with_norm
 from diffalign.methods.checks import check_flag, check_integer, check_number
 from diffalign.methods.tracking import Tracker
+from diffalign.noise import noise_statistics, norm_log_density, sample_dot, sample_norm, seeded_noise, spread, tangent, with_norm
 from diffalign.types import NoiseProblem, NoiseResult, Reward, RewardScores
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from typing import ClassVar
 
 import torch
 
-from diffalign.diffusion import seeded_noise
 from diffalign.methods.checks import check_integer
 from diffalign.methods.tracking import Tracker
+from diffalign.noise import seeded_noise
 from diffalign.types import NoiseProblem, NoiseResult, Reward
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ from tests.benchmarks.test_t2i_compbench import ANNOTATIONS, PROMPTS
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_mask2former import mmdet_layout, tiny_mask2former
 from tests.benchmarks.tiny_t2i import tiny_blip, tiny_dpt, tiny_owlv2
-
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
 
 
 @pytest.fixture(scope="module")

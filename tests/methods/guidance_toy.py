@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.guidance import GuidanceRun
 from diffalign.methods.guidance import Guidance
-from diffalign.types import GuidanceRun
 
 DIMENSIONS, CLASSES, SPREAD = 16, 64, 0.3
 

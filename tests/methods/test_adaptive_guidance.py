@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from diffalign.guidance import GuidanceRun
 from diffalign.methods.adaptive_guidance import AdaptiveGuidance, calibrate, evaluated_share
 from diffalign.methods.guidance import cosine, direction, resolve_space
-from diffalign.types import GuidanceRun
 from tests.methods.guidance_toy import Toy, relative_error
 
 

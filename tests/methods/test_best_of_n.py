@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffalign.diffusion import noise_statistics, seeded_noise, tangent, with_norm
 from diffalign.methods import BestOfN
+from diffalign.noise import noise_statistics, seeded_noise, tangent, with_norm
 from diffalign.types import RewardScores
 
 

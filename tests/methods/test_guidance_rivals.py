@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from diffalign.guidance import GuidanceRun
 from diffalign.methods.guidance_rivals import DeltaReuse, FixedFraction, IntervalGuidance
-from diffalign.types import GuidanceRun
 from tests.methods.guidance_toy import Toy, relative_error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffalign.guidance import GuidanceRun
 from diffalign.methods.guidance_rivals import FixedFraction
 from diffalign.methods.guidance_search import (
     Logits,
@@ -14,7 +15,6 @@ from diffalign.methods.guidance_search import (
     at_strength,
     search,
 )
-from diffalign.types import GuidanceRun
 from tests.methods.guidance_toy import Toy, relative_error
 
 

@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from diffalign.diffusion import norm_log_density, sample_norm
 from diffalign.methods import ReNO, ReNOSettings
+from diffalign.noise import norm_log_density, sample_norm
 from diffalign.types import RewardScores
 
 PLAIN = {"lr_unit": "absolute", "sphere": False, "patience": None}

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-
-from pipelines import presets
+from diffalign.pipelines import presets
 
 REQUIRED = "shapes shapes-turbo sd15 sd21 sd-turbo sdxl sdxl-turbo pixart-dmd hyper-sdxl flux-schnell sana-sprint sd3.5-medium"  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import reward_models
+from diffalign import reward_models
 from tests.reward_models import tiny_clips, tiny_vlms
 
 PROMPTS = ["a red circle", "a photo of a blue square above a red ring", "three stars"]
@@ -77,7 +77,7 @@ def weights(tmp_path_factory, tokenizer, tiny_clip) -> Path:
 @pytest.fixture(scope="session")
 def server(weights):
     """The address of a server of `http` on this machine, behind which is shapes-clip."""
-    from reward_models.http_server import serve
+    from diffalign.reward_models.http_server import serve
 
     server = serve(reward_models.load("shapes-clip", source=weights / "shapes-clip"))
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import reward_models
+from diffalign import reward_models
 
 FILES = {
     "shapes-clip": ("open_clip_config.json", "model.safetensors", "tokenizer.json"),
@@ -155,7 +155,7 @@ def test_a_broken_tokenizer_is_named(load, root):
 
 
 def test_the_packages_own_weights_say_how_to_train_them():
-    from reward_models.sources import Source
+    from diffalign.reward_models.sources import Source
 
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors is missing; train it with"):
         Source("shapes-clip", "model", "package:shapes/weights/shapes-clip").file("nothing.safetensors")
@@ -171,14 +171,14 @@ def test_parts_are_named(weights):
 
 
 def test_a_place_that_is_one_file_is_that_file(weights, tmp_path):
-    from reward_models.sources import Source
+    from diffalign.reward_models.sources import Source
 
     file = shutil.copy(weights / "shapes-clip" / "model.safetensors", tmp_path / "other name.safetensors")
     assert Source("r", "model", file).file("model.safetensors", "model.bin") == tmp_path / "other name.safetensors"
 
 
 def test_the_first_file_that_is_there_is_taken(weights):
-    from reward_models.sources import Source
+    from diffalign.reward_models.sources import Source
 
     source = Source("r", "model", weights / "shapes-clip")
     assert source.file("absent.bin", "model.safetensors").name == "model.safetensors"
@@ -187,7 +187,7 @@ def test_the_first_file_that_is_there_is_taken(weights):
 
 @pytest.mark.parametrize("wrap", [lambda tensors: tensors, lambda tensors: {"state_dict": tensors, "epoch": 3}])
 def test_torch_checkpoints_are_read_as_tensors_alone(tmp_path, wrap):
-    from reward_models.checkpoints import read_weights
+    from diffalign.reward_models.checkpoints import read_weights
 
     tensors = {"a": torch.ones(2, dtype=torch.float16), "b": torch.arange(3)}
     torch.save(wrap(tensors), tmp_path / "w.pt")
@@ -207,7 +207,7 @@ def test_torch_checkpoints_are_read_as_tensors_alone(tmp_path, wrap):
 
 
 def test_sharded_checkpoints_are_read_whole(tmp_path):
-    from reward_models.checkpoints import read_weights
+    from diffalign.reward_models.checkpoints import read_weights
 
     save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors")
     save_file({"b": torch.zeros(1)}, tmp_path / "2.safetensors")
@@ -220,7 +220,7 @@ def test_sharded_checkpoints_are_read_whole(tmp_path):
 
 
 def test_what_a_model_does_not_need_must_be_named(tmp_path):
-    from reward_models.checkpoints import load_strict
+    from diffalign.reward_models.checkpoints import load_strict
 
     layer = torch.nn.Linear(2, 1)
     tensors = {name: torch.full_like(tensor, 3.0) for name, tensor in layer.state_dict().items()} | {"extra.scale": torch.ones(1)}
@@ -232,9 +232,8 @@ def test_what_a_model_does_not_need_must_be_named(tmp_path):
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
     import huggingface_hub
+    from diffalign.reward_models.sources import Source
     from huggingface_hub.errors import LocalEntryNotFoundError
-
-    from reward_models.sources import Source
 
     def fail(*args):
         raise LocalEntryNotFoundError("no connection")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import reward_models
+from diffalign import reward_models
 from tests.reward_models import tiny_clips
 from tests.reward_models.conftest import PROMPTS
 
@@ -193,7 +193,7 @@ def test_a_preprocessing_of_open_clips_that_we_lack_is_refused(load, copy, setti
 
 
 def test_an_architecture_open_clip_does_not_have():
-    from reward_models.clip_files import clip_config
+    from diffalign.reward_models.clip_files import clip_config
 
     with pytest.raises(ValueError, match="open_clip has no architecture 'ViT-Z-1'"):
         clip_config("ViT-Z-1")
@@ -202,10 +202,9 @@ def test_an_architecture_open_clip_does_not_have():
 @pytest.mark.parametrize(("architecture", "millions"), [("ViT-H-14", 986.1), ("ViT-L-14-quickgelu", 427.6), ("ViT-bigG-14", 2539.6)])
 def test_configurations_without_a_file_have_the_published_sizes(architecture, millions):
     """Parameters of the models on the Hub, and the settings that no tensor's shape tells."""
+    from diffalign.reward_models.checkpoints import without_weights
+    from diffalign.reward_models.clip_files import clip_config
     from transformers import CLIPModel
-
-    from reward_models.checkpoints import without_weights
-    from reward_models.clip_files import clip_config
 
     config = clip_config(architecture)
     model = without_weights(lambda: CLIPModel(config))
@@ -251,7 +250,7 @@ def test_a_repository_kept_from_before_needs_no_connection(monkeypatch, tmp_path
 
 
 def test_addresses_are_downloaded_once_and_checked(monkeypatch, tmp_path):
-    from reward_models.sources import Source
+    from diffalign.reward_models.sources import Source
 
     asked = []
 

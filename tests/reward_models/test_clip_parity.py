@@ -10,13 +10,13 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from diffalign.reward_models.aesthetic import multiply_out
+from diffalign.reward_models.mps import OVERALL, related, rotate
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-import reward_models
-from reward_models.aesthetic import multiply_out
-from reward_models.mps import OVERALL, related, rotate
+from diffalign import reward_models
 from tests.reward_models import tiny_clips
 from tests.reward_models.conftest import PROMPTS
 from tests.reward_models.test_pixels import photo, tensor_of

@@ -8,11 +8,10 @@ import sys
 
 import pytest
 import torch
+from diffalign.reward_models import base
 from torch import nn
 
-import reward_models
-from diffalign import types
-from reward_models import base
+from diffalign import reward_models, types
 from tests.reward_models.conftest import PROMPTS
 
 DIFFERENTIABLE = [name for name, spec in reward_models.SPECS.items() if spec.differentiable]

@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from diffalign.reward_models.http_scorer import HTTPScorer, encode, read_results
+from diffalign.reward_models.http_server import MOST_BYTES, answer, serve
+from diffalign.reward_models.sources import sources_of
 from PIL import Image
 
-import reward_models
-from reward_models.http_scorer import HTTPScorer, encode, read_results
-from reward_models.http_server import MOST_BYTES, answer, serve
-from reward_models.sources import sources_of
+from diffalign import reward_models
 
 SPEC = reward_models.SPECS["http"]
 ITEMS = ["a", "bb", "ccc"]
@@ -198,7 +198,7 @@ def test_no_server_at_all():
 
 
 def test_replies_without_end_are_not_read_to_it(monkeypatch):
-    monkeypatch.setattr("reward_models.http_scorer.MOST_BYTES", 1000)
+    monkeypatch.setattr("diffalign.reward_models.http_scorer.MOST_BYTES", 1000)
     with running(Replies(lambda number, items: (200, b" " * 2000))) as address, pytest.raises(RuntimeError, match="longer than 1000 bytes"):
         scorer(address)(levels(1, 3, 4, 4), ["a"])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import reward_models
+from diffalign import reward_models
 from diffalign.shapes.train import card, loop, rewards_clip, rewards_preference
 from diffalign.shapes.train import rewards_scenes as worlds
 from diffalign.shapes.train.rewards import train_aesthetic, train_clip, train_preference

@@ -48,7 +48,7 @@ def test_a_gradient_rule():
     ],
 )
 def test_refused_before_anything_loads(weight, settings, message, monkeypatch):
-    import reward_models
+    from diffalign import reward_models
 
     monkeypatch.setattr(reward_models, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):

@@ -115,7 +115,7 @@ def test_a_member_that_returns_one_number_for_all_is_refused(images):
 
 
 def test_real_rewards_in_a_mix():
-    import reward_models
+    from diffalign import reward_models
 
     mix = RewardMix({"brightness": (reward_models.load("brightness"), 1.0)}, {"jpeg": reward_models.load("jpeg-compressibility")})
     x = torch.rand(2, 3, 16, 16, requires_grad=True)

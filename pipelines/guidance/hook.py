@@ -22,15 +22,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffalign.pipelines.guidance.identity import identity_of
+from diffalign.pipelines.guidance.layouts import Layout, layout_of
+from diffalign.pipelines.guidance.schedule import levels, prediction_of
+from diffalign.pipelines.guidance.tensors import Parts, network_input, prediction_in, take, with_prediction
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
-from diffalign.types import GuidanceMethod, GuidanceReport, GuidanceRun
-from pipelines.guidance_layouts import Layout, layout_of
-from pipelines.guidance_schedule import levels, prediction_of
-from pipelines.guidance_tensors import Parts, network_input, prediction_in, take, with_prediction
-from pipelines.identity import identity_of
+from diffalign.guidance import GuidanceMethod, GuidanceReport, GuidanceRun
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def guide(
     cosine_threshold: float | None = None,
     layout: Layout | None = None,
 ) -> Iterator[Guided]:
-    """Runs the calls of `pipeline` inside the block under `method`; the pipeline may be any of guidance_layouts.LAYOUTS.
+    """Runs the calls of `pipeline` inside the block under `method`; the pipeline may be any of layouts.LAYOUTS.
 
     guidance_scale: as given to the calls, for pipelines that keep it to themselves (PixArt; FLUX, whose true_cfg_scale it is) and methods
     that need it. cosine_threshold: calibrated for this model. layout: for a pipeline class that the table lacks.

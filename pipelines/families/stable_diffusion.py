@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffalign.pipelines import inputs, state
+from diffalign.pipelines.aligned import AlignedPipeline
+from diffalign.pipelines.outputs import Conditioning
 from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
-
-from pipelines import inputs, state
-from pipelines.aligned import AlignedPipeline
-from pipelines.outputs import Conditioning
 
 
 class AlignedStableDiffusionPipeline(AlignedPipeline, StableDiffusionPipeline):
