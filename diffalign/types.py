@@ -50,34 +50,57 @@ class Reward(Protocol):
 
 
 @dataclass(frozen=True)
-class NoiseProblem:
-    """What a NoiseMethod is given.
+class Evaluation:
+    """What a search reports each time its generator made images: the event behind progress bars and live pictures.
 
-    noise: where the search starts. seeds: everything random that a method draws for sample i must come from seeds[i].
-    generate(noise, rows): differentiable map from noise "k ..." to images "k 3 h w"; rows[j] says which sample noise[j] belongs to.
-    progress(iteration, scores): called after every evaluation, for bars and live plots; raising in it stops the search.
+    A sample that has stopped is in no further event, so the rows of an event are those of one batch that was really made.
+    A method that makes few images at once may report one evaluation in several events, of different rows each.
     """
 
+    index: int
+    """Which evaluation of these samples it is, from 0: the place of its scores in a Trace."""
+    rows: Sequence[int]
+    """Which samples it holds, in the order of scores and images."""
+    scores: Mapping[str, Sequence[float]]
+    """Each reward's score of every row, on the host; "total" is what is optimised."""
+    images: Float[Tensor, "k 3 h w"]
+    """The images of these rows, detached, in [0, 1], on the device that made them."""
+
+
+Progress = Callable[[Evaluation], None]
+"""Called after every evaluation. Raising in it stops the search."""
+
+
+@dataclass(frozen=True)
+class NoiseProblem:
+    """What a NoiseMethod is given."""
+
     noise: Float[Tensor, "b ..."]
+    """Where the search starts, unit variance."""
     prompts: Sequence[str]
+    """One for each noise."""
     seeds: Sequence[int]
+    """Everything random that a method draws for sample i must come from seeds[i]."""
     generate: Callable[[Float[Tensor, "k ..."], Sequence[int]], Float[Tensor, "k 3 h w"]]
-    progress: Callable[[int, Mapping[str, Sequence[float]]], None] | None = None
+    """generate(noise, rows): differentiable map from noise to images; rows[j] says which sample noise[j] belongs to."""
+    progress: Progress | None = None
+    """Hears of every evaluation, where given."""
 
 
 @dataclass
 class Trace:
-    """What happened, sample by sample. `rewards[name][i]` lists sample i's scores, one per evaluation; "total" is the optimised sum.
-
-    A sample that stopped early has a shorter list. `best[i]` is the index of the evaluation whose image was returned.
-    `diagnostics[name][i]` is likewise one list per sample (noise norm, gradient norm, ...), possibly shorter than the rewards.
-    """
+    """What happened, sample by sample."""
 
     method: str
+    """Its name in the table of methods."""
     rewards: dict[str, list[list[float]]]
+    """rewards[name][i]: sample i's scores, one per evaluation, fewer where it stopped early. "total" is what was optimised."""
     best: list[int]
+    """best[i]: which evaluation's image was returned."""
     diagnostics: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Likewise one list per sample (noise norm, gradient norm, ...), possibly shorter than the rewards."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """Every setting of the method, `budget` among them: network evaluations allowed per sample."""
 
     def sample(self, i: int) -> dict[str, Any]:
         """Sample i's part as plain JSON data."""

@@ -21,6 +21,7 @@ from PIL import Image
 import diffalign
 from diffalign.commands import options
 from diffalign.plots import enlarge
+from diffalign.types import Evaluation, Progress
 
 PIPELINES = ("shapes-turbo", "shapes")
 REWARDS = ("shapes-clip", "shapes-preference", "shapes-aesthetic")
@@ -44,36 +45,27 @@ class Stopped(Exception):
 
 
 @dataclass
-class Watched:
-    """A reward that also keeps the first image it scored and the best one, so that the page can show them while the search runs."""
+class Seen:
+    """What the events of one sample's search add up to: its scores in order, its first image and the best so far."""
 
-    reward: Any
+    scores: list[dict[str, float]] = field(default_factory=list)
     first: Any = None
     best: Any = None
-    best_total: float = float("-inf")
 
-    @property
-    def differentiable(self) -> bool:
-        return self.reward.differentiable
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        self.reward.prepare(prompts)
-
-    def __call__(self, images: Any, prompts: Sequence[str]) -> Any:
-        scores = self.reward(images, prompts)
-        for image, total in zip(images.detach(), scores.total.detach().tolist(), strict=True):
-            if self.first is None:
-                self.first = self.best = image
-            if total > self.best_total:
-                self.best, self.best_total = image, total
-        return scores
+    def add(self, event: Evaluation) -> None:
+        scores = {name: values[0] for name, values in event.scores.items()}
+        if self.first is None:
+            self.first = event.images[0]
+        if not self.scores or scores["total"] > max(each["total"] for each in self.scores):
+            self.best = event.images[0]
+        self.scores.append(scores)
 
 
 @dataclass
 class Search:
-    """One search in a thread of its own; `events` receives (evaluation, scores), then an Exception or None when it is over."""
+    """One search in a thread of its own; `events` receives every Evaluation, then an Exception or None when it is over."""
 
-    run: Callable[[Callable[[int, Mapping[str, Sequence[float]]], None]], Any]
+    run: Callable[[Progress], Any]
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     stop: threading.Event = field(default_factory=threading.Event)
     output: Any = None
@@ -90,10 +82,10 @@ class Search:
         except Exception as error:  # handed to the page's thread, which raises it
             self.events.put(error)
 
-    def _progress(self, evaluation: int, scores: Mapping[str, Sequence[float]]) -> None:
+    def _progress(self, evaluation: Evaluation) -> None:
         if self.stop.is_set():
             raise Stopped
-        self.events.put((evaluation, {name: values[0] for name, values in scores.items()}))
+        self.events.put(evaluation)
 
 
 def build_app(
@@ -124,11 +116,12 @@ def build_app(
             raise gr.Error("Give at least one reward a weight other than 0.", print_exception=False)
         try:
             yield None, None, scores_table([]), "loading the models ..."
-            pipe, reward = pipeline_of(pipeline), Watched(reward_of(tuple(zip(rewards, weights, strict=True))))
-            chosen = options.build_method(METHODS[method], reward, int(evaluations))
-            search = Search(lambda progress: run_pipeline(pipe, chosen, reward, prompt, int(seed), progress))
+            pipe, reward = pipeline_of(pipeline), reward_of(tuple(zip(rewards, weights, strict=True)))
+            budget = 1 if METHODS[method] == "none" else int(evaluations)  # the best of one is the plain image, scored and reported
+            chosen = options.build_method("best-of-n" if budget == 1 else METHODS[method], reward, budget)
+            search = Search(lambda progress: pipe([prompt], seed=[int(seed)], plugins=[chosen], progress=progress))
             searches[request.session_hash] = search
-            yield from follow(search, reward, int(evaluations) if chosen else 1)
+            yield from follow(search, budget)
         except (ValueError, OSError, NotImplementedError) as error:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
         finally:
@@ -177,18 +170,13 @@ def build_app(
     return app
 
 
-def run_pipeline(pipe: Any, method: Any, reward: Watched, prompt: str, seed: int, progress: Callable[..., None]) -> Any:
-    """One image, searched for or not; without a search its scores are reported as the only evaluation."""
-    output = pipe([prompt], seed=[seed], plugins=[method] if method else (), progress=progress)
-    if method is None:
-        (scores,) = options.score(reward, output.images, [prompt], pipe.device)
-        progress(0, scores)
-    return output
-
-
-def follow(search: Search, reward: Watched, evaluations: int) -> Iterator[tuple[Any, Any, pd.DataFrame | None, str]]:
+def follow(search: Search, evaluations: int) -> Iterator[tuple[Any, Any, pd.DataFrame | None, str]]:
     """What the page shows while `search` runs, at most every REFRESH seconds, and at its end. Raises what the search raised."""
-    began, shown, seen = time.perf_counter(), 0.0, []
+    began, shown, seen = time.perf_counter(), 0.0, Seen()
+
+    def page(word: str) -> tuple[Any, Any, pd.DataFrame | None, str]:
+        return show(seen.first), show(seen.best), scores_table(seen.scores), sentence(word, seen.scores, evaluations, began)
+
     thread = search.start()
     try:
         while (event := search.events.get()) is not None:
@@ -196,12 +184,11 @@ def follow(search: Search, reward: Watched, evaluations: int) -> Iterator[tuple[
                 break
             if isinstance(event, Exception):
                 raise event
-            seen.append(event[1])
+            seen.add(event)
             if time.perf_counter() - shown > REFRESH:
                 shown = time.perf_counter()
-                yield show(reward.first), show(reward.best), scores_table(seen), sentence("running", seen, evaluations, began)
-        word = "stopped" if search.output is None else "finished"
-        yield show(reward.first), show(reward.best), scores_table(seen), sentence(word, seen, evaluations, began)
+                yield page("running")
+        yield page("stopped" if search.output is None else "finished")
     finally:
         search.stop.set()  # also when the browser has gone: nobody would see the rest
         thread.join()
@@ -211,7 +198,7 @@ def show(image: Any) -> Image.Image | None:
     """A "3 h w" tensor in [0, 1] as a picture large enough to look at."""
     if image is None:
         return None
-    pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().cpu().numpy()
+    pixels = (image.float().permute(1, 2, 0) * 255).round().clamp(0, 255).byte().cpu().numpy()
     return enlarge(Image.fromarray(pixels), VIEW)
 
 

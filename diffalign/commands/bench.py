@@ -218,7 +218,7 @@ def maker(
                 [item.prompt for item in batch],
                 seed=[item.seed for item in batch],
                 plugins=[method] if method else (),
-                progress=lambda iteration, scores: bar.update(len(batch)),
+                progress=lambda evaluation: bar.update(len(evaluation.rows)),
                 **options.stock_arguments(args),
             )
         if method is None:

@@ -17,12 +17,15 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from diffalign.commands import guidance, options, panels
 from diffalign.files import differing_settings, read_json, require_writable, whole_folder, write_json
+
+if TYPE_CHECKING:
+    from diffalign.types import Evaluation
 
 SLUG_LENGTH = 40
 DEFAULT_OUT = Path("outputs/generate")
@@ -184,9 +187,9 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
             batch = jobs[start : start + size]
             began = time.perf_counter()
 
-            def progress(iteration: int, scores: Any, batch: Sequence[Job] = batch) -> None:
-                bar.update(len(batch))
-                bar.set_postfix({name: f"{sum(values) / len(values):.4g}" for name, values in scores.items()}, refresh=False)
+            def progress(evaluation: Evaluation) -> None:
+                bar.update(len(evaluation.rows))
+                bar.set_postfix({name: f"{sum(values) / len(values):.4g}" for name, values in evaluation.scores.items()}, refresh=False)
 
             output = pipeline(
                 [job.prompt for job in batch],

@@ -153,7 +153,6 @@ class ReNO(ReNOSettings):
                     gradient = tangent(gradient, noise)
                 measured["gradient_norm"] = sample_norm(gradient)
             host = tracker.record(rows, noise, images, scores, measured)
-            tracker.report(t)
             going = [j for j, row in enumerate(rows) if not self._stops(tracker, row, {name: host[name][j] for name in host}, t - first)]
             if gradient is None or not going:
                 break
@@ -176,7 +175,6 @@ class ReNO(ReNOSettings):
             noise = given if k == 0 else seeded_noise(given.shape[1:], problem.seeds, k, given.device)
             images, scores, _ = self._evaluate(problem, noise, rows, with_gradient=False)
             tracker.record(rows, noise, images, scores)
-            tracker.report(k)
 
     def _evaluate(
         self, problem: NoiseProblem, noise: Float[Tensor, "k ..."], rows: list[int], with_gradient: bool

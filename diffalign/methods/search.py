@@ -58,7 +58,7 @@ class BestOfN(BestOfNSettings):
         given = problem.noise.detach().float()
         b = len(given)
         pairs = [(k, i) for k in range(self.evaluations) for i in range(b)]
-        size, reported = self.batch_size or b, 0
+        size = self.batch_size or b
         for at in range(0, len(pairs), size):
             chunk = pairs[at : at + size]
             rows = [i for _, i in chunk]
@@ -71,7 +71,4 @@ class BestOfN(BestOfNSettings):
             for (k, i), total in zip(chunk, totals, strict=True):
                 if not math.isfinite(total):
                     logger.warning("%s: %s has reward %s at candidate %d, which is left out.", self.name, tracker.describe(i), total, k)
-            while reported < (at + len(chunk)) // b:
-                tracker.report(reported)
-                reported += 1
         return tracker.result(self.name, {f.name: getattr(self, f.name) for f in fields(BestOfNSettings)})

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.types import NoiseProblem, NoiseResult, RewardScores, Trace
+from diffalign.types import Evaluation, NoiseProblem, NoiseResult, RewardScores, Trace
 
 
 class Tracker:
@@ -45,8 +46,9 @@ class Tracker:
         scores: RewardScores,
         diagnostics: Mapping[str, Float[Tensor, " k"]] | None = None,
     ) -> dict[str, list[float]]:
-        """Take in one evaluation of samples `rows` (a sample may appear more than once); returns every column on the host.
+        """Take in images of samples `rows` and tell `progress`; returns every column on the host.
 
+        A sample that appears more than once was evaluated so often: then the rows are sorted by evaluation.
         An image replaces the best only where its total is finite and strictly greater: ties go to the earliest.
         """
         rewards = {"total": scores.total, **scores.parts, **scores.watched}
@@ -56,8 +58,10 @@ class Tracker:
         host = dict(zip(columns, table, strict=True))
         first: dict[int, int] = {}
         better: dict[int, int] = {}
+        indices = []
         for j, row in enumerate(rows):
             total, running = host["total"][j], self.running[row]
+            indices.append(len(running))
             if not running:
                 first[row] = j
             if math.isfinite(total) and (not running or total > running[-1]):
@@ -79,13 +83,21 @@ class Tracker:
         if better:
             _copy(better, images, self.images)
             _copy(better, noise.detach().float(), self.noise)
+        self._send(indices, rows, images, {name: host[name] for name in rewards})
         return host
 
-    def report(self, evaluation: int) -> None:
-        """Tell `progress` every sample's scores at this evaluation; a sample that stopped repeats its last."""
-        if self.problem.progress is not None:
-            latest = {name: [s[min(evaluation, len(s) - 1)] for s in series] for name, series in self.rewards.items()}
-            self.problem.progress(evaluation, latest)
+    def _send(
+        self, indices: Sequence[int], rows: Sequence[int], images: Float[Tensor, "k 3 h w"], scores: Mapping[str, Sequence[float]]
+    ) -> None:
+        """The events of what was just recorded, one for each evaluation that these rows belong to."""
+        if self.problem.progress is None:
+            return
+        start = 0
+        for index, group in groupby(indices):
+            part = slice(start, start + len(list(group)))
+            start = part.stop
+            cut = {name: values[part] for name, values in scores.items()}
+            self.problem.progress(Evaluation(index, list(rows[part]), cut, images[part]))
 
     def describe(self, row: int) -> str:
         """Sample `row` in words, for warnings."""

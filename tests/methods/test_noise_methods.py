@@ -11,7 +11,7 @@ import torch
 
 from diffalign import methods
 from diffalign.methods import METHODS, BestOfN, BestOfNSettings, ReNO, ReNOSettings, find_method
-from diffalign.types import RewardScores
+from diffalign.types import Evaluation, RewardScores
 
 SEARCHES = {
     "reno": lambda reward: ReNO(reward, iterations=12, lr=0.05, patience=3, plateau=0.3),
@@ -96,19 +96,28 @@ def test_one_evaluation_is_doing_nothing(curved):
         assert result.trace.best == [0, 0]
 
 
-def test_progress_hears_of_every_evaluation_and_of_every_sample(name, curved):
-    heard = []
-    result = SEARCHES[name](curved.reward()).search(curved.problem([3, 1, 4], progress=lambda t, scores: heard.append((t, dict(scores)))))
+def test_progress_hears_of_every_evaluation_of_every_sample_with_its_image(name, curved):
+    """Each event tells the rows that were really made: a sample that stopped is in no further one."""
+    heard: list[Evaluation] = []
+    problem = curved.problem([3, 1, 4], progress=heard.append)
+    reward = curved.reward()
+    result = SEARCHES[name](reward).search(problem)
     totals = result.trace.rewards["total"]
-    assert [t for t, _ in heard] == list(range(max(map(len, totals))))
-    for t, scores in heard:
-        assert scores.keys() == {"total", "first", "second"}
-        assert scores["total"] == [series[min(t, len(series) - 1)] for series in totals]
+    told = [(event.index, row) for event in heard for row in event.rows]
+    assert sorted(told) == sorted((k, row) for row, series in enumerate(totals) for k in range(len(series)))
+    assert [event.index for event in heard] == sorted(event.index for event in heard)
+    for event in heard:
+        assert event.scores.keys() == {"total", "first", "second"}
+        assert event.scores["total"] == [totals[row][event.index] for row in event.rows]
+        assert event.images.shape == (len(event.rows), 3, 4, 4)
+        assert not event.images.requires_grad
+        again = reward(event.images, [problem.prompts[row] for row in event.rows]).total.tolist()
+        assert again == pytest.approx(event.scores["total"], abs=1e-6)
 
 
 def test_an_interrupt_in_progress_ends_the_search(name, curved):
-    def interrupt(evaluation, scores):
-        if evaluation == 2:
+    def interrupt(evaluation):
+        if evaluation.index == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from diffalign.types import NoiseResult, Trace
+from diffalign.types import Evaluation, NoiseResult, Trace
 
 
 class Ascend:
@@ -30,7 +30,7 @@ class Ascend:
             images.append(image.detach())
             scores.append(score.tolist())
             if problem.progress is not None:
-                problem.progress(iteration, {"total": scores[-1]})
+                problem.progress(Evaluation(iteration, list(rows), {"total": scores[-1]}, images[-1]))
             last, noise = noise, noise + self.lr * gradient
         trace = Trace(self.name, {"total": [list(series) for series in zip(*scores, strict=True)]}, [self.iterations - 1] * len(rows))
         return NoiseResult(images[-1], last, images[0], trace)

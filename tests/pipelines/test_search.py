@@ -16,7 +16,7 @@ ONE = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt"}
 def test_starts_at_the_plain_image_and_improves_it(pipe):
     plain = pipe(PROMPTS, seed=[3, 8], **ONE).images
     method, seen = Ascend(3), []
-    out = pipe(PROMPTS, seed=[3, 8], plugins=[method], progress=lambda i, scores: seen.append((i, scores["total"])), **ONE)
+    out = pipe(PROMPTS, seed=[3, 8], plugins=[method], progress=lambda event: seen.append((event.index, event.scores["total"])), **ONE)
     assert torch.equal(out.initial_images, plain)
     assert (out.images.mean(dim=(1, 2, 3)) > plain.mean(dim=(1, 2, 3))).all()
     assert out.trace.method == "ascend"
