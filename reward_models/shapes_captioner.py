@@ -135,7 +135,7 @@ class Captioner(nn.Module):
 
     def log_likelihood(
         self, memory: Float[Tensor, "m 64 d"], ids: Int[Tensor, "b l"], rows: Int[Tensor, " b"] | None = None, blocked: Tensor | None = None
-    ) -> Float[Tensor, "b l-1"]:
+    ) -> Float[Tensor, "b k"]:
         """log p of every token after the first, in float32; zero on padding, that is after the first end token.
 
         blocked "b l-1 vocabulary": continuations left out of the softmax (training alone uses it, see the trainer).

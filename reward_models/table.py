@@ -42,6 +42,16 @@ SPECS: dict[str, Spec] = {
         checkpoint={"model": "package:shapes/weights/shapes-aesthetic"},
         memory=0.003,
     ),
+    "shapes-reward": Spec(
+        name="shapes-reward",
+        target="diffalign.reward_models.shapes_reward:ShapesReward",
+        paper="Lin et al., VQAScore (arXiv 2404.01291), by a captioner; Xu et al., ImageReward (arXiv 2304.05977)",
+        licence="Apache-2.0",
+        range=(-30.0, 0.0),
+        unit="nats: log p(prompt | image); comparable between images of one prompt, not between prompts",
+        checkpoint={"model": "package:shapes/weights/shapes-reward"},
+        memory=0.01,
+    ),
     "clip-l14": Spec(
         name="clip-l14",
         target="diffalign.reward_models.clip_score:CLIPScore",

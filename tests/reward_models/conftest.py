@@ -57,7 +57,10 @@ def tiny_clip(tokenizer):
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory, tokenizer, tiny_clip) -> Path:
     """The folder that holds one folder for each reward with weights. Tests that damage it copy what they need first."""
+    from diffalign.reward_models.shapes_captioner import Captioner, CaptionerConfig
+
     from diffalign.shapes.train.rewards_aesthetic import build_head
+    from diffalign.shapes.train.rewards_captioner import save_reward
     from diffalign.shapes.train.rewards_clip import save_clip
     from diffalign.shapes.train.rewards_convert import convert, save_half
     from diffalign.shapes.train.rewards_preference import save_preference
@@ -69,6 +72,12 @@ def weights(tmp_path_factory, tokenizer, tiny_clip) -> Path:
     torch.manual_seed(6)
     save_half(build_head(32, 16, 4, 8).state_dict(), root / "shapes-aesthetic" / "head.safetensors")
     (root / "shapes-aesthetic" / "config.json").write_text(json.dumps(head))
+    torch.manual_seed(7)
+    sizes = {"width": 24, "heads": 3, "image_layers": 1, "text_layers": 1, "stem": 4}
+    captioner = Captioner(CaptionerConfig(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, **sizes))
+    for p in captioner.parameters():
+        p.data.mul_(1.5)  # or its gradients are too small for finite differences in float32
+    save_reward(root / "shapes-reward", captioner, tokenizer)
     tiny_clips.write_all(root)
     tiny_vlms.write_all(root)
     return root

@@ -15,9 +15,10 @@ FILES = {
     "shapes-clip": ("open_clip_config.json", "model.safetensors", "tokenizer.json"),
     "shapes-preference": ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"),
     "shapes-aesthetic": ("config.json", "head.safetensors"),
+    "shapes-reward": ("config.json", "model.safetensors", "tokenizer.json"),
 }
 TRAINED = list(FILES)  # the other models have such tests of their own
-MAIN = {"shapes-clip": "model.safetensors", "shapes-preference": "model.safetensors", "shapes-aesthetic": "head.safetensors"}
+MAIN = dict.fromkeys(FILES, "model.safetensors") | {"shapes-aesthetic": "head.safetensors"}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.reward_models.conftest import PROMPTS
 
 DIFFERENTIABLE = [name for name, spec in reward_models.SPECS.items() if spec.differentiable]
 PROMPTED = [name for name, spec in reward_models.SPECS.items() if spec.needs_prompt]
-READS = {"shapes-clip": 32, "shapes-preference": 32, "image-reward": 35}  # tokens; CLIP's 77 where nothing is said
+READS = {"shapes-clip": 32, "shapes-preference": 32, "shapes-reward": 32, "image-reward": 35}  # tokens; CLIP's 77 where nothing is said
 READS |= dict.fromkeys(("hpsv3", "vqascore", "vlm-judge"), 2048)
 TEXT_APART = ["shapes-clip", "shapes-preference", "clip-l14", "clip-h14", "clip-bigg14", "pickscore", "hpsv2", "hpsv2.1", "mps"]
 

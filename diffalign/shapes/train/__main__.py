@@ -19,6 +19,7 @@ from diffalign.shapes.train import (
     loop,
     rewards,
     rewards_aesthetic,
+    rewards_captioner,
     rewards_clip,
     rewards_preference,
     text,
@@ -111,6 +112,11 @@ def train_aesthetic(args: argparse.Namespace) -> None:
     rewards.train_aesthetic(args.run, args.weights / "shapes-clip", args.weights / "shapes-aesthetic", config=config, device=args.device)
 
 
+def train_captioner(args: argparse.Namespace) -> None:
+    vae, tokenizer = export.shipped_parts(args.weights / "shapes")
+    rewards_captioner.train_captioner(args.run, tokenizer, vae, _config(rewards_captioner.CONFIG, args), device=args.device)
+
+
 def _write_card(
     args: argparse.Namespace, folder: Path, stage: str, config: loop.LoopConfig, *, data: dict, figures: dict, notes: list[str]
 ) -> None:
@@ -139,6 +145,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "shapes-clip": train_clip,
     "shapes-preference": train_preference,
     "shapes-aesthetic": train_aesthetic,
+    "captioner": train_captioner,
 }
 
 

@@ -67,6 +67,11 @@ def write_card(
         "figures": dict(figures),
         "notes": list(notes),
     }
+    replace_card(folder, card)
+
+
+def replace_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write a card's two files as they should now be."""
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "card.json", json.dumps(card, indent=2) + "\n")
     _replace(folder / "README.md", _page(card))

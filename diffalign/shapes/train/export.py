@@ -35,6 +35,14 @@ def load_parts(run: Path) -> tuple[AutoencoderKL, CLIPTokenizer, CLIPTextModel]:
     )
 
 
+def shipped_parts(folder: Path) -> tuple[AutoencoderKL, CLIPTokenizer]:
+    """The autoencoder and the tokenizer of a finished pipeline, in float32: for what is trained on its pictures."""
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished pipeline; run `python -m diffalign.shapes.train base` first")
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+    return vae, CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+
 def _made_by(stage: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing; run `python -m diffalign.shapes.train {stage} --run {folder.parent}` first")

@@ -1,0 +1,211 @@
+"""`shapes-reward`, second part: the captioner learns from images that the generators made, and from those that fool it.
+
+A simulated annotator sees two images of one prompt, says which is right, and errs in FLIPPED of the cases. It is
+the judge, on prompts of training combinations alone (`judged.annotator_rows`). With s(x, c) = log p(c | x) without the
+end token (what is said, not that no more is),
+
+    loss = - mean over pairs of log sigmoid(s(preferred, c) - s(other, c)) + the two terms of the first part,
+
+a Bradley-Terry model (as in ImageReward, Xu et al., arXiv 2304.05977) whose scores stay likelihoods. It goes in rounds: the first learns
+from plain images of both generators, each later one also from climbs of what the round before had learnt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from diffalign.reward_models.shapes_captioner import Captioner
+from diffalign.shapes.train import judged as made
+from diffalign.shapes.train import loop
+from diffalign.shapes.train import rewards_captions as captions
+from diffalign.shapes.train.judged import Judged
+from diffalign.shapes.train.rewards_captioner import CaptioningConfig, caption_terms
+from diffalign.shapes.train.rewards_climb import ClimbConfig, climber
+from diffalign.shapes.train.rewards_images import autoencoded, disturb
+
+FLIPPED = 0.1  # share of votes that name the wrong image
+GROUP = 8  # images of one prompt
+CLIMB = ClimbConfig()
+CONFIG = loop.LoopConfig(steps=600, lr=3e-4, seed=32, warmup=40, ema_decay=0.99, weight_decay=0.02, save_every=100)  # of each round
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How much is drawn, and what a step looks at."""
+
+    turbo_prompts: int = 1600  # GROUP one-step images each
+    base_prompts: int = 320  # GROUP images of `shapes` each
+    base_steps: int = 8  # DDIM steps of these
+    base_guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 6.0)  # shared among a prompt's images
+    rounds: int = 3  # the first on plain images, each later one also on climbs
+    climbed_prompts: int = 384  # GROUP stations each, for each later round
+    newest: float = 0.5  # share of a later round's prompts that are climbs
+    prompts: int = 8  # of a step
+    votes: float = 1.0  # weight of the preference term
+    captions: CaptioningConfig = field(default_factory=lambda: CaptioningConfig(batch=32))  # of the terms of the first part
+    scenes: int = 6_000  # drawn for these
+
+
+def scores(model: Captioner, images: Float[Tensor, "b 3 h w"], ids: Int[Tensor, "b l"], rows: Tensor | None = None) -> Float[Tensor, " b"]:
+    """s(x, c): nats of each caption given its image, the end token left out."""
+    nats = model.log_likelihood(model.encode_image(images), ids, rows)
+    return said(nats, ids, model.config.end)
+
+
+def said(nats: Float[Tensor, "b k"], ids: Int[Tensor, "b l"], end: int) -> Float[Tensor, " b"]:
+    """The sum without the end token's part."""
+    return nats.masked_fill(ids[:, 1 : nats.shape[1] + 1] == end, 0.0).sum(dim=1)
+
+
+def votes_of(right: Bool[Tensor, "n g"], seed: int, flipped: float = FLIPPED) -> Float[Tensor, "n g g"]:
+    """1 where the annotator prefers image i to image j, -1 where j to i, 0 where the judge sees no difference. Antisymmetric."""
+    n, g = right.shape
+    generator = torch.Generator().manual_seed(seed)
+    truth = right[:, :, None].float() - right[:, None, :].float()
+    upper = torch.where(torch.rand(n, g, g, generator=generator) < flipped, -1.0, 1.0).triu(1)
+    return truth * (upper + upper.transpose(1, 2))
+
+
+def preference_loss(s: Float[Tensor, "n g"], votes: Float[Tensor, "n g g"]) -> Float[Tensor, ""]:
+    """-log sigmoid(s_preferred - s_other), the mean over each prompt's pairs, then over prompts."""
+    ahead = (s[:, :, None] - s[:, None, :]) * votes
+    cast = (votes != 0).float()
+    each = (F.softplus(-ahead) * cast).sum(dim=(1, 2)) / cast.sum(dim=(1, 2)).clamp(min=1)
+    return each.mean()
+
+
+def as_pixels(images: UInt8[Tensor, "b h w 3"], device: str) -> Float[Tensor, "b 3 h w"]:
+    return (images.to(device).permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass
+class Ballots:
+    """Judged groups of mixed prompts, with the annotator's votes and the prompts' ids."""
+
+    images: UInt8[Tensor, "n g h w 3"]
+    votes: Float[Tensor, "n g g"]
+    ids: Int[Tensor, "n l"]
+
+
+def ballots(judged: Judged, tokenizer: CLIPTokenizer, seed: int) -> Ballots:
+    votes = votes_of(judged.right, seed)
+    mixed = judged.mixed
+    if not mixed.any():
+        raise ValueError("no prompt has both right and wrong images; draw more prompts, or from a generator that is less uniform")
+    texts = [row["prompt"] for row, keep in zip(judged.rows, mixed.tolist(), strict=True) if keep]
+    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return Ballots(judged.images[mixed], votes[mixed], ids)
+
+
+def tuning_loss(
+    model: Captioner,
+    sources: list[tuple[float, Ballots]],
+    pool: captions.CaptionPool,
+    tokenizer: CLIPTokenizer,
+    settings: TuneConfig,
+    device: str,
+) -> Callable:
+    """The loss of one step, as the loop wants it; sources: ballots, each with its share of a step's prompts."""
+    table = captions.blocked_words(tokenizer).to(device)
+    half = settings.captions.batch // 2
+    other = torch.arange(2 * half).roll(half).to(device)
+    shares = torch.tensor([share for share, _ in sources])
+    group = sources[0][1].images.shape[1]
+
+    def loss_of(step: int, generator: torch.Generator):
+        kinds = torch.multinomial(shares, settings.prompts, replacement=True, generator=generator).tolist()
+        places = [int(torch.randint(len(sources[k][1].ids), (), generator=generator)) for k in kinds]
+        picked = [(sources[k][1], i) for k, i in zip(kinds, places, strict=True)]
+        votes = torch.stack([b.votes[i] for b, i in picked]).to(device)
+        prompts = torch.stack([b.ids[i] for b, i in picked]).repeat_interleave(group, dim=0).to(device)
+
+        index = torch.randint(len(pool.images) // 2, (half,), generator=generator)
+        rows = torch.cat([index, index + len(pool.images) // 2])
+        choice = torch.randint(pool.ids.shape[1], (2 * half,), generator=generator)
+        drawn = disturb(as_pixels(pool.images[rows], device), generator)
+        images = torch.cat([drawn, as_pixels(torch.cat([b.images[i] for b, i in picked]), device)])
+        images = images.contiguous(memory_format=torch.channels_last)
+        ids, differs = pool.ids[rows, choice].to(device), pool.differs[rows, choice].to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.captions.bfloat16):
+            memory = model.encode_image(images)
+            blocked = table[pool.blocked[rows, choice].long().to(device)]
+            words, ranking, _ = caption_terms(model, memory[: 2 * half], ids, blocked, differs, other)
+            nats = model.log_likelihood(memory[2 * half :], prompts)
+        s = said(nats, prompts, model.config.end).view(-1, group)
+        preference = preference_loss(s, votes)
+        agreed = ((s[:, :, None] - s[:, None, :]) * votes > 0).float().sum() / (votes != 0).float().sum().clamp(min=1)
+        loss = settings.votes * preference + settings.captions.words * words + settings.captions.ranking * ranking
+        return loss, {"preference": preference.item(), "agreed": agreed.item(), "nats": words.item(), "ranking": ranking.item()}
+
+    return loss_of
+
+
+def reward_of(model: Captioner, tokenizer: CLIPTokenizer, bfloat16: bool = False) -> Callable[[Tensor, list[str]], Tensor]:
+    """images in [0, 1], prompts -> scores, with gradients to the images."""
+    device = model.places.device
+
+    def reward(images: Float[Tensor, "n 3 h w"], texts: list[str]) -> Float[Tensor, " n"]:
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            return scores(model, images.contiguous(memory_format=torch.channels_last), ids)
+
+    return reward
+
+
+def train_rounds(
+    run: Path,
+    model: Captioner,
+    tokenizer: CLIPTokenizer,
+    turbo: StableDiffusionPipeline,
+    base: StableDiffusionPipeline,
+    config: loop.LoopConfig = CONFIG,
+    settings: TuneConfig = TuneConfig(),
+    climb: ClimbConfig = CLIMB,
+    device: str = "cpu",
+) -> tuple[Captioner, float]:
+    """Tune (or resume) the captioner in settings.rounds rounds; returns it with averaged weights, and the seconds of all rounds.
+
+    run: holds the images (reward_images/) and one training state a round. Each round starts from the averaged weights of the last.
+    """
+    folder = run / "reward_images"
+    rows = made.annotator_rows(settings.turbo_prompts + settings.base_prompts, config.seed)
+    plain = made.from_pipeline(turbo, 1, (0.0,))
+    guided = made.from_pipeline(base, settings.base_steps, settings.base_guidances)
+    one_step, few_steps = rows[: settings.turbo_prompts], rows[settings.turbo_prompts :]
+    turbo_images = made.make_judged(folder / "turbo", one_step, GROUP, plain, config.seed, "one-step images")
+    base_images = made.make_judged(folder / "base", few_steps, GROUP, guided, config.seed + 1, "images of shapes")
+    sources = [(0.75, ballots(turbo_images, tokenizer, config.seed)), (0.25, ballots(base_images, tokenizer, config.seed))]
+    pool = captions.draw_pool(settings.scenes, config.seed, tokenizer)
+    pool.images[::2] = autoencoded(pool.images[::2], turbo.vae, config.seed)
+    climbed: list[Judged] = []
+    seconds = 0.0
+    for k in range(settings.rounds):
+        if k:
+            more = made.annotator_rows(settings.climbed_prompts, config.seed + 100 * k)
+            frozen = model.eval().requires_grad_(False)
+            maker = climber(turbo, reward_of(frozen, tokenizer, climb.bfloat16), climb)
+            climbed.append(made.make_judged(folder / f"climbed{k}", more, GROUP, maker, config.seed + 100 * k, f"climbs for round {k}"))
+            old = [(share * (1 - settings.newest), b) for share, b in sources]
+            every = made.joined(climbed)
+            current = [*old, (settings.newest, ballots(every, tokenizer, config.seed + 1))]
+        else:
+            current = sources
+        model.requires_grad_(True)
+        torch.manual_seed(config.seed + k)
+        trainee = loop.Trainee(
+            {"captioner": model}, dataclasses.replace(config, seed=config.seed + k), run / f"reward_round{k}.safetensors"
+        )
+        loop.train(trainee, tuning_loss(model, current, pool, tokenizer, settings, device), f"shapes-reward, round {k}")
+        trainee.use_average()
+        seconds += trainee.seconds
+    return model.eval(), seconds
