@@ -82,3 +82,31 @@ def test_learning_rate_rises_linearly_then_falls_along_a_cosine_to_zero():
     assert [loop.learning_rate(config, s) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
     assert loop.learning_rate(config, 7) == pytest.approx(0.5)
     assert loop.learning_rate(config, 12) == pytest.approx(0.0)
+
+
+def test_moments_of_weights_stored_channels_last_are_resumed_in_their_order(tmp_path):
+    """The fused optimiser walks weight and moments in storage order; a moment loaded in another layout would meet other weights."""
+
+    def trainee():
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return loop.Trainee({"conv": conv}, loop.LoopConfig(steps=4, lr=0.1, warmup=1, save_every=1), tmp_path / "state.safetensors")
+
+    def loss_of(one: loop.Trainee, stop: int = 99):
+        def loss(step: int, generator: torch.Generator):
+            if step == stop:
+                raise KeyboardInterrupt
+            return one.modules["conv"](torch.randn(2, 3, 8, 8, generator=generator)).square().sum(), {}
+
+        return loss
+
+    whole = trainee()
+    loop.train(whole, loss_of(whole), "whole")
+    (tmp_path / "state.safetensors").unlink()
+    stopped = trainee()
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(stopped, loss_of(stopped, 2), "stopped")
+    resumed = trainee()
+    assert resumed.step == 2
+    loop.train(resumed, loss_of(resumed), "resumed")
+    assert torch.equal(whole.modules["conv"].weight, resumed.modules["conv"].weight)

@@ -20,7 +20,9 @@ from diffalign.shapes.train import (
     rewards,
     rewards_aesthetic,
     rewards_captioner,
+    rewards_captioner_tune,
     rewards_clip,
+    rewards_judged,
     rewards_preference,
     text,
     turbo,
@@ -117,6 +119,23 @@ def train_captioner(args: argparse.Namespace) -> None:
     rewards_captioner.train_captioner(args.run, tokenizer, vae, _config(rewards_captioner.CONFIG, args), device=args.device)
 
 
+def train_reward(args: argparse.Namespace) -> None:
+    _, tokenizer = export.shipped_parts(args.weights / "shapes")
+    model = rewards_captioner.train_captioner(args.run, tokenizer, None, device=args.device, finished=True)
+    turbo, base_pipeline = (export.load_pipeline(args.weights / name) for name in ("shapes-turbo", "shapes"))
+    config = _config(rewards_captioner_tune.CONFIG, args)
+    model, _ = rewards_captioner_tune.train_rounds(args.run, model, tokenizer, turbo, base_pipeline, config, device=args.device)
+    rewards_captioner.save_reward(args.weights / "shapes-reward", model, tokenizer)
+
+
+def judge_reward(args: argparse.Namespace) -> None:
+    rewards_judged.write_reward_card(args.run, args.weights, args.device)
+
+
+def judge_rewards(args: argparse.Namespace) -> None:
+    rewards_judged.add_to_towers(args.run, args.weights, args.device)
+
+
 def _write_card(
     args: argparse.Namespace, folder: Path, stage: str, config: loop.LoopConfig, *, data: dict, figures: dict, notes: list[str]
 ) -> None:
@@ -146,6 +165,9 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "shapes-preference": train_preference,
     "shapes-aesthetic": train_aesthetic,
     "captioner": train_captioner,
+    "shapes-reward": train_reward,
+    "judge-shapes-reward": judge_reward,
+    "judge-rewards": judge_rewards,
 }
 
 

@@ -101,15 +101,20 @@ def train_captioner(
     settings: CaptioningConfig = CaptioningConfig(),
     scenes: int = SCENES,
     device: str = "cpu",
+    finished: bool = False,
 ) -> Captioner:
     """Train (or resume from `run`); returns the captioner with averaged weights.
 
     autoencoder: the generators' own; every other picture passes through it, since it is on such pictures that the reward will be used.
+    finished: read what an earlier run reached, however far, and train no more. Raises FileNotFoundError where there is none.
     """
     torch.manual_seed(config.seed)
     model = build(tokenizer).to(device)
-    trainee = loop.Trainee({"captioner": model}, config, run / "captioner.safetensors")
-    if trainee.step < config.steps:
+    state = run / "captioner.safetensors"
+    if finished and not state.is_file():
+        raise FileNotFoundError(f"{state} is missing; run `python -m diffalign.shapes.train captioner --run {run}` first")
+    trainee = loop.Trainee({"captioner": model}, config, state)
+    if not finished and trainee.step < config.steps:
         pool = captions.draw_pool(scenes, config.seed, tokenizer)
         if autoencoder is not None:
             pool.images[::2] = autoencoded(pool.images[::2], autoencoder, config.seed)

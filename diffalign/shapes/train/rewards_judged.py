@@ -6,15 +6,17 @@ validation; nothing learns from these verdicts.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel, CLIPTokenizer
 
 from diffalign.shapes import prompts
-from diffalign.shapes.train import card
+from diffalign.shapes.train import card, export, loop, rewards_captioner, rewards_captioner_tune, rewards_preference
 from diffalign.shapes.train.judged import Judged, from_pipeline, make_judged
 from diffalign.shapes.train.rewards_auc import AUC_NOTE, Score, auc_figures, best_of_figures, score_groups
 
@@ -25,22 +27,17 @@ SEEDS = {"validation": 71, "test": 72}
 
 def one_step_images(run: Path, turbo: StableDiffusionPipeline, split: str, per_task: int = prompts.PROMPTS_PER_TASK) -> Judged:
     """SAMPLES images of `shapes-turbo` for every prompt of a split."""
-    folder = run / "judged" / f"{turbo_name(turbo)}-{split}"
+    folder = run / "judged" / f"turbo-{split}"
     rows = prompts.metadata(split, per_task=per_task)
     return make_judged(folder, rows, SAMPLES, from_pipeline(turbo, 1, (0.0,)), SEEDS[split], f"one-step images, {split}")
 
 
 def base_images(run: Path, base: StableDiffusionPipeline, split: str, per_task: int = prompts.PROMPTS_PER_TASK) -> Judged:
     """BASE_SAMPLES images of `shapes` for every prompt of a split."""
-    folder = run / "judged" / f"{turbo_name(base)}-{split}"
+    folder = run / "judged" / f"base-{split}"
     rows = prompts.metadata(split, per_task=per_task)
     maker = from_pipeline(base, BASE_STEPS, (BASE_GUIDANCE,))
     return make_judged(folder, rows, BASE_SAMPLES, maker, SEEDS[split] + 2, f"images of shapes, {split}")
-
-
-def turbo_name(pipeline: StableDiffusionPipeline) -> str:
-    """The folder name of a pipeline, for the images it makes."""
-    return Path(pipeline.config._name_or_path).name or "pipeline"
 
 
 def measured(score: Score, judged: Judged) -> dict[str, Any]:
@@ -72,3 +69,59 @@ def batched(score: Score, batch: int = 256) -> Score:
         return torch.cat(parts).float().cpu()
 
     return whole
+
+
+def on_held_out(score: Score, run: Path, weights: Path) -> dict[str, Any]:
+    """A reward's figures on generated images of held-out prompts: one-step images of both splits, and those of `shapes` of the test."""
+    turbo, base = (export.load_pipeline(weights / name) for name in ("shapes-turbo", "shapes"))
+    score = batched(score)
+    return {
+        "test, shapes-turbo": measured(score, one_step_images(run, turbo, "test")),
+        "test, shapes": measured(score, base_images(run, base, "test")),
+        "validation, shapes-turbo": measured(score, one_step_images(run, turbo, "validation")),
+    }
+
+
+def write_reward_card(run: Path, weights: Path, device: str) -> None:
+    """Measure the finished `shapes-reward` and write its card."""
+    folder = weights / "shapes-reward"
+    model = rewards_captioner.load_captioner(folder).to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tune, first = rewards_captioner_tune.TuneConfig(), rewards_captioner.CONFIG
+    states = [run / "captioner.safetensors", *(run / f"reward_round{k}.safetensors" for k in range(tune.rounds))]
+    score = rewards_captioner_tune.reward_of(model, tokenizer)
+    card.write_card(
+        folder,
+        title="shapes-reward",
+        command="python -m diffalign.shapes.train captioner shapes-reward judge-shapes-reward",
+        config=first,
+        seconds=sum(loop.progress(state)[1] for state in states if state.is_file()),
+        figures=on_held_out(lambda images, texts: score(rewards_captioner_tune.as_pixels(images, device), texts), run, weights),
+        data={
+            "scenes": rewards_captioner.SCENES,
+            "near copies": rewards_captioner.SCENES,
+            "rounds": f"{tune.rounds} of {rewards_captioner_tune.CONFIG.steps} steps, learning rate {rewards_captioner_tune.CONFIG.lr}",
+            "votes flipped": rewards_captioner_tune.FLIPPED,
+            **{k: str(v) for k, v in dataclasses.asdict(tune).items() if k not in ("captions", "rounds")},
+        },
+        device=device,
+        notes=[
+            "A captioner; score: log p(prompt | image) in nats, without the end token. Taught on drawn scenes, then on pairs of generated"
+            " images of one prompt with noisy votes, in rounds that add images found by climbing it.",
+            f"The simulated annotator is the judge with {rewards_captioner_tune.FLIPPED:.0%} of votes flipped, on prompts of training"
+            " combinations that are in neither validation nor test under any carrier.",
+            AUC_NOTE,
+        ],
+    )
+
+
+def add_to_towers(run: Path, weights: Path, device: str) -> None:
+    """Put the figures of `shapes-clip` and `shapes-preference` on the same images into their cards."""
+    models = {
+        "shapes-clip": rewards_preference.load_clip(weights / "shapes-clip"),
+        "shapes-preference": CLIPModel.from_pretrained(weights / "shapes-preference", dtype=torch.float32),
+    }
+    for name, model in models.items():
+        tokenizer = CLIPTokenizer.from_pretrained(weights / name)
+        score = rewards_preference.preference_scores(model.to(device).eval(), tokenizer, device)  # of one order with cosines
+        add_to_card(weights / name, "judged", on_held_out(score, run, weights))

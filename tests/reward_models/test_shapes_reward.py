@@ -1,0 +1,398 @@
+"""`shapes-reward`: the captioner's likelihood, what its trainer teaches and leaves open, rounds that resume, how it is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffalign.reward_models.shapes_captioner import Captioner, CaptionerConfig
+from diffusers import StableDiffusionPipeline
+
+from diffalign import reward_models
+from diffalign.benchmarks.geneval_rules import Detection, evaluate
+from diffalign.shapes import prompts
+from diffalign.shapes.scenes import Scene, Thing
+from diffalign.shapes.train import base as base_stage
+from diffalign.shapes.train import judged as made
+from diffalign.shapes.train import loop, rewards_auc, rewards_captioner_tune, text
+from diffalign.shapes.train import rewards_captioner as first
+from diffalign.shapes.train import rewards_captioner_tune as tune
+from diffalign.shapes.train import rewards_captions as captions
+from diffalign.shapes.train import rewards_climb as climbing
+from diffalign.shapes.train import rewards_scenes as worlds
+
+HELD_OUT_COLORS = {p for s in ("validation", "test") for p in prompts.color_pairs(s)}
+HELD_OUT_RELATIONS = {p for s in ("validation", "test") for p in prompts.relation_pairs(s)}
+
+
+@pytest.fixture
+def captioner(tokenizer) -> Captioner:
+    torch.manual_seed(3)
+    ids = CaptionerConfig(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return Captioner(dataclasses.replace(ids, width=16, heads=2, image_layers=1, text_layers=1, stem=4))
+
+
+def ids_of(tokenizer, *texts: str) -> torch.Tensor:
+    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+# --- the likelihood -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_likelihood_is_that_of_a_softmax_and_ends_with_the_end_token(captioner, tokenizer):
+    ids = ids_of(tokenizer, "a circle", "a red circle left of a star")
+    memory = captioner.encode_image(torch.rand(2, 3, 64, 64))
+    nats = captioner.log_likelihood(memory, ids)
+    logits = captioner(memory[:1], ids[:1, :3])[0]
+    by_hand = [math.log(logits[k].softmax(0)[ids[0, k + 1]]) for k in range(3)]  # a, circle, the end
+    np.testing.assert_allclose(nats[0, :3].detach(), by_hand, rtol=1e-4)
+    assert (nats[0, 3:] == 0).all()
+    torch.testing.assert_close(nats[:1, :3], captioner.log_likelihood(memory[:1], ids[:1]))  # a longer neighbour changes nothing
+    torch.testing.assert_close(tune.said(nats, ids, tokenizer.eos_token_id)[0], nats[0, :2].sum())  # the score has no end
+
+
+def test_captions_read_the_memory_they_are_told_to(captioner, tokenizer):
+    ids = ids_of(tokenizer, "a circle", "a star")
+    memory = captioner.encode_image(torch.rand(2, 3, 64, 64))
+    crossed = captioner.log_likelihood(memory, ids, torch.tensor([1, 0]))
+    torch.testing.assert_close(crossed, captioner.log_likelihood(memory.flip(0), ids))
+
+
+def test_a_caption_longer_than_the_network_reads_is_refused(captioner, tokenizer):
+    captioner.config = dataclasses.replace(captioner.config, length=4)
+    with pytest.raises(ValueError, match="ids have 7 tokens; the captioner reads at most 4"):
+        captioner.trimmed(ids_of(tokenizer, "a circle and a star"))
+
+
+def test_the_reward_is_the_captioner_of_its_folder(captioner, tokenizer, tmp_path):
+    first.save_reward(tmp_path, captioner.half().float(), tokenizer)
+    reward = reward_models.load("shapes-reward", source=tmp_path)
+    images, texts = torch.rand(2, 3, 64, 64), ["a circle", "two red stars"]
+    ours = tune.reward_of(first.load_captioner(tmp_path), tokenizer)(images, texts)
+    torch.testing.assert_close(reward(images, texts), ours.detach())
+    assert (reward(images, texts) < 0).all()
+
+
+def test_a_folder_of_other_sizes_is_refused_in_a_sentence(captioner, tokenizer, tmp_path):
+    first.save_reward(tmp_path, captioner, tokenizer)
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"heads": 2', '"heads": 5'))
+    with pytest.raises(ValueError, match="width must be a multiple of heads"):
+        reward_models.load("shapes-reward", source=tmp_path)
+
+
+# --- what it is taught on -----------------------------------------------------------------------------------------------------
+
+
+def test_rich_scenes_show_no_held_out_pair_and_their_captions_hold_by_the_rules():
+    rng = np.random.default_rng(1)
+    forms = set()
+    for _ in range(400):
+        scene = captions.draw_rich_scene(rng)
+        assert worlds.scene_allowed(scene)
+        caption = captions.true_caption(rng, scene)
+        row = made.row_of(caption)
+        found: dict[str, list[Detection]] = {}
+        for thing in scene.things:
+            found.setdefault(thing.shape, []).append(Detection(thing.box, 1.0, mask=thing.color))
+        assert evaluate(row, found, lambda _, ds: [d.mask for d in ds]).correct, (caption, scene)
+        assert not _named(row)[0] & HELD_OUT_COLORS
+        assert not _named(row)[1] & HELD_OUT_RELATIONS
+        forms.add((len(scene.things), row["tag"]))
+    assert {tag for _, tag in forms} == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
+
+
+def _named(row: dict) -> tuple[set, set]:
+    """The pairs that a row of metadata names, relations both ways round."""
+    colors = {(c["class"], c["color"]) for c in row["include"] if "color" in c}
+    target = row["include"][0]["class"]
+    sides = {(c["class"], c["position"][0]) for c in row["include"] if "position" in c}
+    return colors, sides | {(target, captions._OPPOSITE[r]) for _, r in sides}
+
+
+def test_what_is_called_false_of_the_near_copy_is_false():
+    rng = np.random.default_rng(2)
+    a = Scene((Thing("circle", "red", 16, 32, 11), Thing("heart", "blue", 48, 32, 11)))
+    b = Scene((Thing("circle", "blue", 16, 32, 11), Thing("heart", "red", 48, 32, 11)))
+    for _ in range(20):
+        texts, differs = captions.captions_against(rng, a, b)
+        for said, false in zip(texts, differs, strict=True):
+            assert false == ("red" in said or "blue" in said), said
+
+
+def test_held_out_words_are_left_out_of_the_softmax_where_they_would_follow_and_nowhere_else(tokenizer):
+    table = captions.blocked_words(tokenizer)
+    word = {
+        w: tokenizer(w, add_special_tokens=False).input_ids[0]
+        for w in ["left", "right", "above", "below", "circle", "circles", "star", "square", "and"]
+    }
+
+    def blocked(caption: str, place: int) -> set[str]:
+        row = table[captions.blocked_rows(caption, 31)[place]]
+        return {w for w, i in word.items() if row[i]}
+
+    assert blocked("a circle above a star", 2) == {"right"}  # of a circle "right of" is held out, whatever does follow
+    assert blocked("a photo of a circle and a heart", 5) == {"right"}
+    assert blocked("a red circle", 3) == {"right"}  # and at the end
+    assert blocked("an orange heart", 2) == {"circle", "circles"}
+    assert blocked("three orange hearts", 2) == {"circle", "circles"}
+    assert blocked("a heart left of a ring", 6 - 1) == {"circle", "circles"}  # it would stand right of the heart
+    assert blocked("a heart below a ring", 4) == {"square"}  # it would stand above the heart
+    assert blocked("two circles", 2) == set()
+    assert all(row == 0 for row in captions.blocked_rows("", 5))
+
+
+def test_blocked_words_have_no_part_in_the_likelihood(captioner, tokenizer):
+    table = captions.blocked_words(tokenizer)
+    caption = "a circle above a star"
+    blocked = table[torch.tensor([captions.blocked_rows(caption, 31)])]
+    memory, ids = captioner.encode_image(torch.rand(1, 3, 64, 64)), ids_of(tokenizer, caption)
+    captioner.log_likelihood(memory, ids, blocked=blocked).sum().backward()
+    assert captioner.head.bias.grad[tokenizer("heart", add_special_tokens=False).input_ids[0]] != 0
+    only = torch.zeros_like(captioner.head.bias)
+    logits = captioner(memory, ids[:, :7]).detach()[0]
+    right = tokenizer("right", add_special_tokens=False).input_ids[0]
+    for k in range(6):
+        if k != 2:  # there, after the subject, "right" is blocked
+            only[right] -= (logits[k].masked_fill(blocked[0, k], -torch.inf)).softmax(0)[right]
+    torch.testing.assert_close(captioner.head.bias.grad[right], only[right], atol=1e-5, rtol=1e-3)
+
+
+def test_the_annotator_never_sees_a_prompt_of_validation_or_test():
+    rows = made.annotator_rows(300, 5)
+    reserved = {worlds.split_carrier(p)[1] for s in ("validation", "test") for p in prompts.prompts(s)}
+    for row in rows:
+        assert worlds.split_carrier(row["prompt"])[1] not in reserved
+        colors, sides = _named(row)
+        assert not colors & HELD_OUT_COLORS
+        assert not sides & HELD_OUT_RELATIONS
+    assert {row["tag"] for row in rows} == set(made.TASK_SHARES)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_prompt_reads_back_as_its_own_row(split):
+    for row in prompts.metadata(split):
+        assert made.row_of(row["prompt"]) == row
+
+
+# --- votes --------------------------------------------------------------------------------------------------------------------
+
+
+def test_votes_follow_the_judge_but_for_the_flips():
+    right = torch.rand(400, 6, generator=torch.Generator().manual_seed(1)) < 0.4
+    votes, truth = tune.votes_of(right, 7), tune.votes_of(right, 7, flipped=0.0)
+    assert torch.equal(votes, -votes.transpose(1, 2))
+    assert torch.equal(truth, right[:, :, None].float() - right[:, None, :].float())
+    assert ((votes != truth)[truth != 0].float().mean() - tune.FLIPPED).abs() < 0.02
+    assert (votes[truth == 0] == 0).all()
+
+
+def test_the_preference_loss_is_bradley_terrys():
+    votes = tune.votes_of(torch.tensor([[True, False, False]]), 0, flipped=0.0)
+    s = torch.tensor([[1.0, 0.0, -1.0]], requires_grad=True)
+    loss = tune.preference_loss(s, votes)
+    assert loss.item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 2, rel=1e-5)
+    loss.backward()
+    assert s.grad[0, 0] < 0 < s.grad[0, 1]
+    assert tune.preference_loss(torch.zeros(1, 3), votes).item() == pytest.approx(math.log(2))
+    flipped = tune.preference_loss(s.detach(), -votes)
+    assert flipped.item() == pytest.approx(loss.item() + 1.5, rel=1e-5)  # softplus(x) - softplus(-x) = x
+
+
+# --- AUC and best of n --------------------------------------------------------------------------------------------------------
+
+
+def judged(right: list[list[int]], tags: list[str]) -> made.Judged:
+    n, g = len(right), len(right[0])
+    return made.Judged(torch.zeros(n, g, 2, 2, 3, dtype=torch.uint8), torch.tensor(right).bool(), [{"tag": t, "prompt": "a"} for t in tags])
+
+
+def test_the_auc_counts_pairs_within_a_prompt_and_ties_half():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 5.0, 6.0, 7.0], [1.0, 2.0, 3.0, 4.0]])
+    pool = judged([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]], ["colors", "colors", "position"])
+    assert rewards_auc.prompt_aucs(scores, pool.right)[:2].tolist() == [(1 + 1 + 0 + 0.5) / 4, 1.0]
+    figures = rewards_auc.auc_figures(scores, pool)
+    assert figures["overall"]["value"] == pytest.approx((0.625 + 1.0) / 2)
+    assert figures["overall"]["n"] == 2  # a prompt whose images are all right says nothing
+    assert "position" not in figures
+
+
+def test_best_of_n_is_counted_from_a_random_image_to_the_judges_own():
+    pool = judged([[1, 0], [0, 1], [0, 1], [0, 0]], ["colors", "colors", "colors", "colors"])
+    scores = torch.tensor([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, 0.0]])
+    figures = rewards_auc.best_of_figures(scores, pool)
+    assert [figures[k]["overall"] for k in ("random image", "by the reward", "by the judge")] == [0.375, 0.5, 0.75]
+    assert figures["share of the judge's gain"] == pytest.approx(1 / 3, abs=1e-4)
+
+
+# --- training, at a toy's size ------------------------------------------------------------------------------------------------
+
+
+def tiny_pipeline(tokenizer, vae_channels: int = 8, **scheduler: object) -> StableDiffusionPipeline:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    torch.manual_seed(4)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=vae_channels, norm_num_groups=4, layers_per_block=1, sample_size=64,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=text.WIDTH, attention_head_dim=2,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text.build_encoder(tokenizer), tokenizer=tokenizer, unet=unet,
+        scheduler=base_stage.build_scheduler(**scheduler), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Captioners of width 16."""
+    monkeypatch.setattr(
+        first, "CaptionerConfig", lambda *sizes: CaptionerConfig(*sizes, width=16, heads=2, image_layers=1, text_layers=1, stem=4)
+    )
+
+
+def weights_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+FEW = loop.LoopConfig(steps=4, lr=1e-3, seed=9, warmup=1, save_every=2)
+LITTLE = first.CaptioningConfig(batch=6)
+
+
+def test_captioning_resumed_equals_captioning_uninterrupted(small, tokenizer, tmp_path):
+    whole = first.train_captioner(tmp_path / "a", tokenizer, None, FEW, LITTLE, scenes=12)
+    half = dataclasses.replace(FEW, steps=2)
+    state = loop.Trainee({"captioner": first.build(tokenizer)}, FEW, tmp_path / "b" / "captioner.safetensors")
+    torch.manual_seed(FEW.seed)
+    state = loop.Trainee({"captioner": first.build(tokenizer)}, FEW, tmp_path / "b" / "captioner.safetensors")
+    pool = captions.draw_pool(12, FEW.seed, tokenizer)
+    loss_of = first.captioning_loss(state.modules["captioner"], pool, tokenizer, LITTLE, "cpu")
+
+    def stopped(step: int, generator: torch.Generator):
+        if step == half.steps:
+            raise KeyboardInterrupt
+        return loss_of(step, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(state, stopped, "stopped")
+    resumed = first.train_captioner(tmp_path / "b", tokenizer, None, FEW, LITTLE, scenes=12)
+    assert torch.equal(weights_of(whole), weights_of(resumed))
+
+
+def test_every_weight_of_the_captioner_learns(small, tokenizer):
+    model = first.build(tokenizer)
+    pool = captions.draw_pool(8, 1, tokenizer)
+    loss, figures = first.captioning_loss(model, pool, tokenizer, LITTLE, "cpu")(0, torch.Generator().manual_seed(1))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert 0 <= figures["ranked"] <= 1
+
+
+def test_a_captioner_that_was_never_trained_is_asked_for(tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError, match="train captioner --run"):
+        first.train_captioner(tmp_path, tokenizer, None, finished=True)
+    with pytest.raises(FileNotFoundError, match="train captioner shapes-reward"):
+        first.load_captioner(tmp_path)
+
+
+def test_a_climb_raises_what_it_climbs_and_repeats_itself(tokenizer):
+    pipeline = tiny_pipeline(tokenizer, prediction_type="sample")
+
+    def reward(images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return images[:, 0].mean(dim=(1, 2))
+
+    settings = climbing.ClimbConfig(steps=3, length=0.2, kept=(0, 3), bfloat16=False)
+    make = climbing.climber(pipeline, reward, settings)
+    texts = ["a circle"] * 4 + ["a star"] * 2
+    images = make(texts, torch.Generator().manual_seed(1))
+    assert images.shape == (6, 3, 64, 64)
+    brightness = reward(images, texts).view(3, 2)
+    assert (brightness[:, 1] > brightness[:, 0]).all()
+    assert torch.equal(images, make(texts, torch.Generator().manual_seed(1)))
+    with pytest.raises(ValueError, match="a group must hold whole climbs of 2 images"):
+        make(["a circle"] * 3, torch.Generator())
+
+
+def test_a_step_on_the_sphere_has_its_length_and_a_flat_place_is_stayed_at():
+    z = torch.nn.functional.normalize(torch.randn(2, 8), dim=1) * 8**0.5
+    gradient = torch.randn(2, 8)
+    gradient[1] = 0
+    gradient[0] -= (gradient[0] @ z[0]) / 8 * z[0]  # tangent
+    moved = climbing.on_sphere(z, gradient, 0.1)
+    assert moved.norm(dim=1).tolist() == pytest.approx([8**0.5] * 2)
+    assert torch.equal(moved[1], z[1])
+    assert (moved[0] @ gradient[0]) > 0
+    assert math.tan(math.acos(((moved[0] @ z[0]) / 8).item())) == pytest.approx(0.1, rel=1e-2)
+
+
+def test_images_are_made_once_and_belong_to_their_prompts(tokenizer, tmp_path):
+    pipeline = tiny_pipeline(tokenizer)
+    calls = []
+
+    def counted(texts, generator):
+        calls.append(len(texts))
+        return make(texts, generator)
+
+    make = made.from_pipeline(pipeline, 2, (1.0, 3.0))
+    rows = made.annotator_rows(3, 1)
+    one = made.make_judged(tmp_path / "x", rows, 4, counted, 5, "images")
+    two = made.make_judged(tmp_path / "x", rows, 4, counted, 5, "images")
+    assert calls == [12]
+    assert one.images.shape == (3, 4, 64, 64, 3)
+    assert torch.equal(one.images, two.images)
+    with pytest.raises(ValueError, match="holds images of other prompts or another number"):
+        made.make_judged(tmp_path / "x", made.annotator_rows(3, 2), 4, counted, 5, "images")
+
+
+def test_rounds_resume_to_the_bit_and_the_reward_they_leave_loads(small, tokenizer, tmp_path, monkeypatch):
+    settings = tune.TuneConfig(
+        turbo_prompts=2, base_prompts=2, base_steps=1, rounds=2, climbed_prompts=2, prompts=2,
+        captions=first.CaptioningConfig(batch=4), scenes=6,
+    )  # fmt: skip
+    climb = climbing.ClimbConfig(steps=3, kept=(0, 1, 2, 3))
+    # Untrained generators are never right; the verdicts are drawn instead, from the images themselves so that they repeat.
+    verdict = type("V", (), {})
+
+    def drawn(images: np.ndarray, rows: list[dict]) -> list:
+        out = []
+        for i, _ in enumerate(rows):
+            v = verdict()
+            v.correct = i % 3 == 0
+            out.append(v)
+        return out
+
+    monkeypatch.setattr(made, "judge_images", drawn)
+    few = dataclasses.replace(FEW, steps=2, save_every=1)
+
+    def run(folder: Path):
+        turbo, base = tiny_pipeline(tokenizer, prediction_type="sample"), tiny_pipeline(tokenizer)
+        torch.manual_seed(2)
+        return tune.train_rounds(folder, first.build(tokenizer), tokenizer, turbo, base, few, settings, climb)
+
+    whole, seconds = run(tmp_path / "a")
+    original = loop.train
+
+    def once(trainee, loss_of, label, companions=()):
+        if "round 1" in label:
+            raise KeyboardInterrupt
+        original(trainee, loss_of, label, companions)
+
+    monkeypatch.setattr(rewards_captioner_tune.loop, "train", once)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b")
+    monkeypatch.setattr(rewards_captioner_tune.loop, "train", original)
+    resumed, _ = run(tmp_path / "b")
+    assert torch.equal(weights_of(whole), weights_of(resumed))
+    assert seconds > 0
+    first.save_reward(tmp_path / "shapes-reward", whole, tokenizer)
+    reward = reward_models.load("shapes-reward", source=tmp_path / "shapes-reward")
+    x = torch.rand(2, 3, 64, 64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(reward(x, ["a circle", "two stars"]).sum(), x)
+    assert (gradient.flatten(1).abs().sum(dim=1) > 0).all()
