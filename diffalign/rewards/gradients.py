@@ -1,20 +1,30 @@
-"""Rules that make one ascent direction of several rewards' image gradients, sample by sample, and the way to give a reward such a gradient.
+"""Rules that make one ascent direction of several rewards' image gradients, sample by sample.
 
-g_k is the gradient of member k's score with respect to the image, d its entries; weights as in combine.py. "b k d": b samples, k members.
+g_k is the gradient of member k's score with respect to the image, d its entries; weights as in
+combine.py. "b k d": b samples, k members.
 
-    equal    sum_k w_k c g_k / rms(g_k),   c = sum_k p_k rms(g_k)       R0 / Reward-Instruct (2503.13070), figure 8: each reward's gradient
-             divided by its own norm. c restores the size that a sum would have, so that one member alone is changed in nothing.
-    PCGrad   h_i = w_i g_i; for every other j:  if <h_i, w_j g_j> < 0, h_i loses its part along g_j;  sum_i h_i      Yu et al. (2001.06782)
-    MGDA     sum_k a_k z_k,  a = argmin over the simplex of |sum_k a_k z_k|^2,  z_k = sign(w_k) g_k                      Desideri (2012)
+    equal    sum_k w_k c g_k / rms(g_k),   c = sum_k p_k rms(g_k)
+             R0 / Reward-Instruct (2503.13070), figure 8: each reward's gradient divided by its own
+             norm. c restores the size that a sum would have, so that one member alone is changed
+             in nothing.
+    PCGrad   h_i = w_i g_i; for every other j: if <h_i, w_j g_j> < 0, h_i loses its part along g_j;
+             sum_i h_i                                             Yu et al. (2001.06782)
+    MGDA     sum_k a_k z_k,  a = argmin over the simplex of |sum_k a_k z_k|^2,  z_k = sign(w_k) g_k
+                                                                   Desideri (2012)
 
-The direction of MGDA lowers no member to first order, and vanishes where no direction raises all of them. PCGrad takes the j in random
-order; ours is i + 1, i + 2, ... around the circle, since a search must be repeatable. MGDA's minimum is found exactly, by looking at every
-face of the simplex, instead of by Frank-Wolfe steps (Sener & Koltun, 1810.04650); that serves up to ten members. Both can look at equalised
-gradients, without which the member with the shortest gradient decides MGDA, and the one with the longest PCGrad.
+The direction of MGDA lowers no member to first order, and vanishes where no direction raises all of
+them. PCGrad takes the j in random order; ours is i + 1, i + 2, ... around the circle, since a search
+must be repeatable. MGDA's minimum is found exactly, by looking at every face of the simplex, instead
+of by Frank-Wolfe steps (Sener & Koltun, 1810.04650); that serves up to ten members. Both can look at
+equalised gradients, without which the member with the shortest gradient decides MGDA, and the one
+with the longest PCGrad.
+
+`with_gradient` gives a reward such a direction for its gradient.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -25,6 +35,8 @@ from torch import Tensor
 
 from diffalign.rewards.combine import from_settings, require_equal
 from diffalign.rewards.names import GRADIENT_RULES, parse
+
+logger = logging.getLogger(__name__)
 
 Gradients = Float[Tensor, "b k d"]
 MOST_FACES = 10  # members for MGDA: 2^10 faces
@@ -66,10 +78,11 @@ def pcgrad(gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor,
 
 
 def mgda_weights(gram: Float[Tensor, "b k k"], taking_part: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-    """a on the simplex, zero where taking_part is zero, that minimises a' G a, for the Gram matrix of each sample's gradients.
+    """a on the simplex, zero where taking_part is zero, that minimises a' G a, for the Gram matrix of each sample.
 
-    On the face where only the members S are positive, the least a solves G_S a = m 1, sum a = 1. Of all faces whose solution lies inside
-    the simplex, the best is the answer; corners always do. A member that takes no part makes its faces worthless.
+    On the face where only the members S are positive, the least a solves G_S a = m 1, sum a = 1. Of
+    all faces whose solution lies inside the simplex, the best is the answer; corners always do. A
+    member that takes no part makes its faces worthless.
     """
     b, k, _ = gram.shape
     if k > MOST_FACES:
@@ -105,10 +118,36 @@ def mgda(gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "
     return weighted(own, a.to(own.dtype))
 
 
+class _Directed(torch.autograd.Function):
+    """Values as they are, whose gradient with respect to the images is the directions: no arithmetic touches a value."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, values: Tensor, directions: Tensor) -> Tensor:
+        ctx.save_for_backward(directions)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (directions,) = ctx.saved_tensors
+        return gradient.to(directions.dtype).view(-1, *[1] * (directions.dim() - 1)) * directions, None, None
+
+
 def with_gradient(values: Float[Tensor, " b"], images: Float[Tensor, "b ..."], directions: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
-    """The same values, to the bit, whose gradient with respect to sample i's image is directions[i] and nothing else."""
-    moved = (images - images.detach()) * directions.detach()  # zero
-    return values.detach() + moved.flatten(1).sum(1).to(values.dtype)
+    """The same values, to the bit, whose gradient with respect to sample i's image is directions[i] and nothing else.
+
+    A sample whose direction holds a NaN or an infinity keeps its value and gets a gradient of zero,
+    and a warning names it. Its neighbours are untouched, also where all samples share weights that
+    are trained: there one NaN would spoil the step of the whole batch.
+    """
+    sound = directions.detach().flatten(1).isfinite().all(1)
+    if not sound.all():
+        broken = (~sound).nonzero().squeeze(1).tolist()
+        logger.warning(
+            "the combined gradient of sample %s of %d is not finite; it keeps its score and takes no step from the rewards",
+            ", ".join(map(str, broken)), len(sound),
+        )  # fmt: skip
+    kept = torch.where(sound.view(-1, *[1] * (directions.dim() - 1)), directions.detach(), 0.0)
+    return _Directed.apply(images, values.detach(), kept.to(images.dtype))
 
 
 # ---- the rules as values ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,38 @@ def test_gdpo_worked():
     torch.testing.assert_close(grpo, torch.tensor([-s, s, -s, s]), atol=2e-4, rtol=0)
 
 
+def test_gdpo_is_the_papers_unless_a_floor_is_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    scores, groups = torch.randn(32, 2, generator=generator), torch.arange(4).repeat_interleave(8)
+    assert torch.equal(gdpo(scores, torch.ones(2), groups), gdpo(scores, torch.ones(2), groups, noise_floor=0))
+    each = (scores.view(4, 8, 2) - scores.view(4, 8, 2).mean(1, keepdim=True)) / scores.view(4, 8, 2).std(1, keepdim=True)
+    torch.testing.assert_close(gdpo(scores, torch.ones(2), groups), whiten(each.sum(2).flatten()), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("between", [0.0, 1.0, 3.0, 5.0])
+def test_how_far_prompts_lie_apart_changes_no_advantage(between):
+    """Two rewards alike within prompts, one of which also differs between them by `between` times as much.
+
+    Each keeps 1 / sqrt(1 + 0.2^2) = 0.981. With the deviation over the batch the second kept 0.98, 0.96, 0.85 and 0.70.
+    """
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(50).repeat_interleave(16)
+    within = torch.randn(50, 16, generator=generator)
+    within = ((within - within.mean(1, keepdim=True)) / within.std(1, keepdim=True)).flatten()
+    prompts = between * torch.randn(50, generator=generator).repeat_interleave(16)
+    scores = torch.stack([within, within + prompts], dim=1)
+    floored, free = (group_advantages(scores, groups, noise_floor=floor) for floor in (0.2, 0.0))
+    torch.testing.assert_close(floored, free / math.sqrt(1 + 0.2**2), atol=1e-4, rtol=1e-4)
+
+
+def test_the_spread_is_pooled_within_prompts_by_hand():
+    """Groups 0, 2 and 10, 13, 16: squares about their means 2 and 18, freedom 1 + 2, so s^2 = 20 / 3; std_g^2 is 2 and 9."""
+    scores, groups = torch.tensor([[0.0], [2.0], [10.0], [13.0], [16.0]]), torch.tensor([0, 0, 1, 1, 1])
+    found = group_advantages(scores, groups, noise_floor=1.0).squeeze(1)
+    a, b = 1 / math.sqrt(2 + 20 / 3), 3 / math.sqrt(9 + 20 / 3)
+    torch.testing.assert_close(found, torch.tensor([-a, a, -b, 0, b]), atol=1e-4, rtol=0)
+
+
 def test_rewards_that_sum_to_a_constant_cancel():
     scores = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert gdpo(scores, torch.ones(2), torch.zeros(2, dtype=torch.long), noise_floor=0).abs().max() < 1e-6

@@ -151,6 +151,36 @@ def test_with_gradient_keeps_the_values_and_gives_the_gradient():
     assert torch.equal(gradient, direction * torch.tensor([1.0, 2.0, 0.0]).view(3, 1, 1, 1))
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_direction_that_is_not_finite_stops_its_own_sample_alone_and_says_so(broken, caplog):
+    x = torch.rand(3, 3, 4, 4, requires_grad=True)
+    direction = torch.randn(3, 3, 4, 4)
+    direction[1, 2, 0, 3] = broken
+    values = torch.tensor([1 / 3, -7e5, math.pi])
+    out = with_gradient(values, x, direction)
+    assert torch.equal(out.detach(), values)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient[[0, 2]], direction[[0, 2]])
+    assert gradient[1].abs().max() == 0
+    assert "sample 1 of 3" in caplog.text
+    caplog.clear()
+    with_gradient(values, x, torch.randn(3, 3, 4, 4))
+    assert not caplog.text
+
+
+def test_a_broken_direction_spoils_no_shared_weight():
+    weight = torch.ones(3, requires_grad=True)
+    images = torch.rand(2, 3, 4, 4) * weight.view(3, 1, 1)
+    direction = torch.stack([torch.full((3, 4, 4), math.nan), torch.ones(3, 4, 4)])
+    with_gradient(torch.zeros(2), images, direction).sum().backward()
+    torch.testing.assert_close(weight.grad, images.detach()[1].sum((1, 2)))
+
+
+def test_an_image_that_is_not_finite_changes_no_value():
+    x = torch.full((1, 3, 2, 2), math.inf, requires_grad=True)
+    assert with_gradient(torch.tensor([0.1]), x, torch.ones(1, 3, 2, 2)).tolist() == torch.tensor([0.1]).tolist()
+
+
 def test_names():
     assert find_gradient_rule(None) is None
     assert find_gradient_rule("equal") == EqualRMS()

@@ -147,7 +147,7 @@ def test_reno_climbs(settings):
     mix = RewardMix({"r": (Power(0, 2), 1.0), "g": (Power(1, 1), 1.0)}, calibration=from_scores(
         {"r": [0.1, 0.4, 0.5], "g": [0.3, 0.5, 0.6]}, ["p"] * 3, specs={"r": "power-0-2", "g": "power-1-1"}), **settings)  # fmt: skip
     problem = NoiseProblem(noise, PROMPTS[:3], [0, 1, 2], lambda x, rows: x.sigmoid())
-    trace = ReNO(mix, iterations=12, lr=1 / 16).search(problem).trace
+    trace = ReNO(mix, budget=12, lr=1 / 16).search(problem).trace
     for totals in trace.rewards["total"]:
         assert max(totals) > totals[0] + 0.3
     for name in ("r", "g"):
@@ -161,6 +161,28 @@ def test_a_member_without_gradient_is_named(images):
 
     with pytest.raises(TypeError, match="reward 'g' has no gradient, which the rule 'equal' combines"):
         RewardMix({"r": (Power(0, 2), 1.0), "g": (Flat(1, 2), 1.0)}, gradient="equal")(images, PROMPTS)
+
+
+@pytest.mark.parametrize("numbers", [None, "calibrated"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_gradient_that_breaks_alone_leaves_the_score(images, gradient, numbers, caplog):
+    """A finite score whose gradient is NaN, as sqrt has at zero: 0 x inf."""
+
+    class Root(Power):
+        def __call__(self, images, prompts):
+            return super().__call__(images, prompts) + 0 * images[:, 2, 0, 0].sqrt()
+
+    broken = images.detach().clone()
+    broken[1, 2, 0, 0] = 0.0
+    broken.requires_grad_(True)
+    given = None if numbers is None else calibration()
+    mix, whole = (RewardMix({**members(), "g": (kind(1, 3, 50.0), 1.0)}, gradient=gradient, calibration=given) for kind in (Root, Power))
+    scores, expected = mix(broken, PROMPTS), whole(broken, PROMPTS)
+    assert torch.equal(scores.total, expected.total)
+    got, wanted = (torch.autograd.grad(s.total.sum(), broken)[0] for s in (scores, expected))
+    torch.testing.assert_close(got[[0, 2, 3]], wanted[[0, 2, 3]])
+    assert got[1].abs().max() == 0
+    assert "sample 1 of 4" in caplog.text
 
 
 # ---- scores that are not finite ---------------------------------------------------------------------------------------------------
