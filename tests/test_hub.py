@@ -217,7 +217,7 @@ def damage_shard(folder):
         (damage_lfs, ValueError, f"{UNET} is a git-lfs pointer"),
         (damage_nan, ValueError, f"{UNET} are not finite, first in conv_in.weight, read as float32"),
         (damage_inf, ValueError, f"{UNET} are not finite, first in conv_out.bias"),
-        (damage_tensor_missing, ValueError, f"({UNET} holds .* tensors where the model needs|could not load the pipeline in)"),
+        (damage_tensor_missing, ValueError, f"({UNET} lacks conv_out.bias of|could not load the pipeline in)"),
         (damage_shape, ValueError, "could not load the pipeline in .*model"),
         (damage_config, ValueError, "could not load the pipeline in .*model"),
         (damage_shard, FileNotFoundError, "00001-of-00002.safetensors is missing; diffusion_pytorch_model.safetensors.index.json lists it"),
