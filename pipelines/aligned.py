@@ -1,102 +1,34 @@
-"""AlignedPipeline: a stock diffusers pipeline whose call also takes plugins= and seed=, and that is differentiable from noise to image.
+"""AlignedPipeline: a stock diffusers pipeline whose call also takes plugins= and seed=.
 
-The stock denoising loop is reused, never copied: `Pipeline.__call__.__wrapped__` is the stock call without its `no_grad`. It is given
-the encoded prompts and the noise, and asked for latents; we decode those ourselves, because the stock decoder path detaches.
-A family file adds what differs: `encode`, `noise_shape`, `decode`, and which stock arguments make sense during a search.
+Nothing of a family is here, that is backbone.py and families/; and nothing of a method, those are plugins.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from diffalign.pipelines import inputs, state
-from diffalign.pipelines.guidance import hook as guidance_hook
-from diffalign.pipelines.outputs import AlignedOutput, Conditioning
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.guidance import GuidanceMethod, GuidanceReport
-from diffalign.types import NoiseMethod, NoiseProblem, StepMethod
-
-Progress = Callable[[int, Mapping[str, Sequence[float]]], None]
+from diffalign.pipelines import inputs, state
+from diffalign.pipelines.backbone import StockBackbone
+from diffalign.pipelines.guidance import hook as guidance_hook
+from diffalign.pipelines.outputs import AlignedOutput
+from diffalign.types import NoiseMethod, NoiseProblem, Progress, StepMethod
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class AlignedPipeline:
+class AlignedPipeline(StockBackbone):
     """Mixin, to stand before the stock class: `class Aligned...(AlignedPipeline, StableDiffusionPipeline)`."""
 
-    stock_class: ClassVar[type]
-    denoiser: ClassVar[str]  # the component that predicts the noise: "unet" or "transformer"
-    search_arguments: ClassVar[frozenset[str]]  # stock arguments of the sampler itself, the same for every sample
-    encode_arguments: ClassVar[frozenset[str]]  # stock arguments that only the text encoder needs
-    defaults: Mapping[str, Any] = MappingProxyType({})  # stock arguments used where the caller gives none; set by presets
-    cosine_threshold: float | None = None  # at which Adaptive Guidance stops guiding, calibrated for this model; set by presets
-
-    # ---- what a family provides -------------------------------------------------------------------------------------------------
-
-    def encode(self, prompts: Sequence[str], negative_prompt: str | Sequence[str] | None = None, **arguments: Any) -> Conditioning:
-        """Encode prompts once; `arguments` are from `encode_arguments`."""
-        raise NotImplementedError
-
-    def noise_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """Shape of one sample's noise for an image of that many pixels; the model's own size where not given."""
-        raise NotImplementedError
-
-    def decode(self, latents: Float[Tensor, "b ..."]) -> Float[Tensor, "b 3 h w"]:
-        """Latents, as the stock call returns them for output_type="latent", to float32 images in [0, 1]; differentiable.
-
-        The clamp to [0, 1] is part of it, as in ReNO and in the stock call: a saturated pixel passes no gradient.
-        """
-        raise NotImplementedError
-
-    def draw_noise(self, generators: Sequence[torch.Generator], height: int | None = None, width: int | None = None) -> Tensor:
-        """Unit-variance float32 noise, sample i from generators[i]: what the stock call draws from such a list, before rounding to half."""
-        shape = (len(generators), *self.noise_shape(height, width))
-        return randn_tensor(shape, generator=list(generators), device=self._execution_device, dtype=torch.float32)
-
-    # ---- noise to images --------------------------------------------------------------------------------------------------------
-
-    def noise_to_images(
-        self,
-        noise: Float[Tensor, "b ..."],
-        conditioning: Conditioning,
-        arguments: Mapping[str, Any] | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-        output_type: str = "pt",
-    ) -> Float[Tensor, "b ..."]:
-        """Float32 images in [0, 1] (or latents, for output_type "latent") from unit-variance noise; differentiable in everything.
-
-        arguments: stock arguments from `search_arguments`; `defaults` fill in the rest. generators: one for each sample, for samplers that
-        draw noise at every step. Gradients also reach parameters that require them; a search freezes those first.
-        """
-        arguments = inputs.fill_defaults(dict(arguments or {}), self.defaults)
-        inputs.refuse(arguments, self.search_arguments, "noise_to_images")
-        self._check_noise("noise", noise, len(conditioning), arguments)
-        network = getattr(self, self.denoiser)
-        if noise.requires_grad and torch.is_grad_enabled() and hasattr(network, "_hf_hook"):
-            raise RuntimeError("gradients cannot flow through CPU offloading, which moves the weights away before the backward pass; "
-                               "load the pipeline without it or use a method that needs no gradient")  # fmt: skip
-        call = getattr(super().__call__, "__wrapped__", None)
-        if call is None:
-            raise RuntimeError(f"{self.stock_class.__name__}.__call__ has no __wrapped__ in this version of diffusers; use diffusers 0.42")
-        latents = call(
-            self,
-            prompt=None,
-            **conditioning.tensors,
-            **arguments,
-            latents=noise.to(self._execution_device, network.dtype),
-            generator=None if generators is None else list(generators),
-            output_type="latent",
-            return_dict=False,
-        )[0]
-        return latents if output_type == "latent" else self.decode(latents)
+    cosine_threshold: float | None = None
+    """At which Adaptive Guidance stops guiding, calibrated for this model; set by presets."""
 
     # ---- the call ---------------------------------------------------------------------------------------------------------------
 
@@ -111,10 +43,12 @@ class AlignedPipeline:
     ) -> AlignedOutput | tuple[Any, ...]:
         """Generate images; everything the stock call takes works here too, and with plugins=() the result is the stock one to the bit.
 
-        seed: sample i has a generator of its own seeded with seed + i (or seed[i]); samples of one prompt lie side by side, as in the stock
-        call. None draws fresh seeds, which the output reports. The stock equivalent is generator=[torch.Generator().manual_seed(s), ...].
-        plugins: at most one search over noise, and any number of step methods. progress(iteration, scores) is called by a search after
-        every evaluation. A search starts from `latents` where given, so `out.noise` can be improved further.
+        seed: sample i has a stream of its own, seeded with seed + i (or seed[i]); samples of one prompt lie side by side, as in the stock
+        call. First the initial noise is drawn from it, then what the sampler draws at each step. `latents` replaces the initial noise and
+        leaves the rest of the stream as it is, so that out.noise with out.seeds makes the same image again under every sampler. None
+        draws fresh seeds, which the output reports. The stock equivalent is generator=[torch.Generator().manual_seed(s), ...].
+        plugins: at most one search over noise, and any number of step methods. progress is called by a search after every evaluation. A
+        search starts from `latents` where given, so out.noise can be improved further.
 
         Raises TypeError / ValueError naming the argument; see pipelines/inputs.py.
         """
@@ -122,7 +56,7 @@ class AlignedPipeline:
         arguments = inputs.bind_stock(super().__call__, self.stock_class.__name__, prompt, positional, stock)
         inputs.fill_defaults(arguments, self.defaults)
         prompts = None if arguments.get("prompt_embeds") is not None else inputs.check_prompts(arguments.get("prompt"))
-        per_prompt = arguments.get("num_images_per_prompt") or 1
+        per_prompt = arguments.get(self.per_prompt) or 1
         count = per_prompt * (len(arguments["prompt_embeds"]) if prompts is None else len(prompts))
         if arguments.get("generator") is None:
             seeds = inputs.resolve_seeds(seed, count)
@@ -141,10 +75,12 @@ class AlignedPipeline:
             arguments["prompt"] = prompts[0] if isinstance(prompt, str) else prompts
         if seeds is not None:
             generators = inputs.make_generators(seeds)
+            if arguments.get("latents") is not None:
+                self.draw_noise(generators, self.size_of(arguments))  # not used: `latents` stand for this part of the streams
             arguments["generator"] = generators[0] if count == 1 else generators
         if arguments.get("latents") is not None:
             # what a search returns is float32; the stock call would hand that to half-precision weights as it is
-            arguments["latents"] = arguments["latents"].to(getattr(self, self.denoiser).dtype)
+            arguments["latents"] = arguments["latents"].to(self.latents_dtype or getattr(self, self.denoiser).dtype)
         with ExitStack() as stack:
             stack.enter_context(state.without_stock_truncation_warnings(self.stock_class.__module__))
             attached = [stack.enter_context(step.attach(self)) for step in steps]
@@ -152,7 +88,7 @@ class AlignedPipeline:
         if isinstance(output, tuple):
             return output
         nsfw = getattr(output, "nsfw_content_detected", None)
-        return AlignedOutput(output.images, nsfw, seeds, cut, guidance=_guidance_report(attached))
+        return AlignedOutput(getattr(output, self.output_field), nsfw, seeds, cut, guidance=_guidance_report(attached))
 
     def _search(
         self,
@@ -166,7 +102,7 @@ class AlignedPipeline:
         progress: Progress | None,
     ) -> AlignedOutput | tuple[Any, ...]:
         """One NoiseMethod over this pipeline. Sample i is made from prompts[samples[i]]."""
-        consumed = {"prompt", "num_images_per_prompt", "negative_prompt", "latents", "output_type", "return_dict", "generator"}
+        consumed = {"prompt", self.per_prompt, "negative_prompt", "latents", "output_type", "return_dict", "generator"}
         given = {name: value for name, value in arguments.items() if value is not None}
         inputs.refuse(given, self.search_arguments | self.encode_arguments | consumed, f"the search {method.name!r}")
         output_type = arguments.get("output_type") or "pil"
@@ -175,7 +111,7 @@ class AlignedPipeline:
         if getattr(self, "safety_checker", None) is not None:
             raise ValueError("a search over noise does not run the safety checker; load the pipeline with safety_checker=None")
         sampler = {name: given[name] for name in self.search_arguments & given.keys()}
-        height, width = sampler.get("height"), sampler.get("width")
+        size = self.size_of(sampler)
         with ExitStack() as stack:
             # also inside a caller's no_grad or inference_mode (web servers use them) a search needs gradients of its own
             stack.enter_context(torch.inference_mode(False))
@@ -185,11 +121,15 @@ class AlignedPipeline:
                 stack.enter_context(change(self))
             attached = [stack.enter_context(step.attach(self)) for step in steps]
             extra = {name: given[name] for name in self.encode_arguments & given.keys()}
-            conditioning = self.encode(prompts, arguments.get("negative_prompt"), **extra).rows(samples)
+            guided = (sampler.get(self.scale_argument) or 0) > 1
+            embedded = self.embedded_scale_of(sampler)
+            conditioning = self.encode(
+                prompts, arguments.get("negative_prompt"), unconditional=guided, size=size, embedded_scale=embedded, **extra
+            ).rows(samples)
             generators = inputs.make_generators(seeds)
-            if (start := arguments.get("latents")) is None:
-                start = self.draw_noise(generators, height, width)
-            self._check_noise("latents", start, len(samples), sampler)
+            drawn = self.draw_noise(generators, size)
+            start = drawn if arguments.get("latents") is None else arguments["latents"]
+            self._check_noise("latents", start, len(samples), size)
             noise = start.detach().clone().to(self._execution_device, torch.float32)
             # a sampler that draws noise at every step repeats the same noise in every evaluation, and goes on where the stock call would
             states = [generator.get_state() for generator in generators]
@@ -217,23 +157,14 @@ class AlignedPipeline:
         """Calls inside the block are guided by `method`; what `plugins=[method]` does for one call. See pipelines/guidance/hook.py."""
         return guidance_hook.guide(self, method, cosine_threshold=self.cosine_threshold)
 
-    # ---- small change -----------------------------------------------------------------------------------------------------------
-
-    def _check_noise(self, name: str, noise: Tensor, count: int, arguments: Mapping[str, Any]) -> None:
-        expected = (count, *self.noise_shape(arguments.get("height"), arguments.get("width")))
-        if tuple(noise.shape) != expected:
-            raise ValueError(f"{name} must have shape {expected} for these prompts and this image size, got {tuple(noise.shape)}")
-
-    def cut_text(self, prompts: Sequence[str]) -> list[str | None]:
-        """For each prompt the end that does not fit into the text encoder, as written; None where all of it does."""
-        return inputs.text_cut_off(self.tokenizer, prompts)
+    # ---- what is reported -------------------------------------------------------------------------------------------------------
 
     def _report_cut_text(self, prompts: list[str], negative: str | list[str] | None, per_prompt: int) -> list[str | None]:
         cut = self.cut_text(prompts)
-        inputs.warn_of_cut_text(prompts, cut, self.tokenizer.model_max_length)
+        inputs.warn_of_cut_text(prompts, cut, self.text_limit())
         if negative is not None:
             negative = inputs.check_prompts(negative, "negative_prompt")
-            inputs.warn_of_cut_text(negative, self.cut_text(negative), self.tokenizer.model_max_length, "negative prompt")
+            inputs.warn_of_cut_text(negative, self.cut_text(negative), self.text_limit(), "negative prompt")
         return [text for text in cut for _ in range(per_prompt)]
 
     def to_json_string(self) -> str:

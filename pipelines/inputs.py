@@ -126,9 +126,9 @@ def sort_plugins(plugins: Any) -> tuple[NoiseMethod | None, list[StepMethod]]:
     return (searches[0] if searches else None), steps
 
 
-def text_cut_off(tokenizer: Any, prompts: Sequence[str]) -> list[str | None]:
-    """For each prompt the end that the tokenizer's limit cuts off, as written; None where everything fits."""
-    limit = tokenizer.model_max_length
+def text_cut_off(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> list[str | None]:
+    """For each prompt the end that a limit of so many tokens (the tokenizer's own) cuts off, as written; None where everything fits."""
+    limit = limit or tokenizer.model_max_length
     cut: list[str | None] = []
     for prompt in prompts:
         offsets = tokenizer.is_fast

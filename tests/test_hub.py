@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffalign.pipelines import presets
-from diffalign.pipelines.families.stable_diffusion import AlignedStableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import diffalign
-from diffalign import hub
+from diffalign import hub, loading
+from diffalign.pipelines import presets
+from diffalign.pipelines.families.stable_diffusion import AlignedStableDiffusionPipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -30,7 +30,7 @@ def folder(tiny_folder, tmp_path):
 @pytest.fixture
 def packaged(tiny_folder, monkeypatch):
     """The tiny folder in the place of both shapes models."""
-    monkeypatch.setattr(hub, "_packaged_path", lambda preset: tiny_folder)
+    monkeypatch.setattr(loading, "_packaged_path", lambda preset: tiny_folder)
 
 
 def one_sentence(error) -> str:
@@ -70,10 +70,10 @@ def test_dtype(folder):
     assert diffalign.load_pipeline(folder, device="cpu", dtype=torch.float16).dtype == torch.float16
     with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got 'int8'"):
         diffalign.load_pipeline(folder, device="cpu", dtype="int8")
-    assert hub._dtype(None, torch.device("cpu"), None) == torch.float32
-    assert hub._dtype(None, torch.device("cuda"), None) == torch.float16
-    assert hub._dtype(None, torch.device("cuda"), presets.PRESETS["flux-schnell"]) == torch.bfloat16
-    assert hub._dtype(None, torch.device("cuda"), presets.PRESETS["shapes"]) == torch.float32
+    assert loading._dtype(None, torch.device("cpu"), None) == torch.float32
+    assert loading._dtype(None, torch.device("cuda"), None) == torch.float16
+    assert loading._dtype(None, torch.device("cuda"), presets.PRESETS["flux-schnell"]) == torch.bfloat16
+    assert loading._dtype(None, torch.device("cuda"), presets.PRESETS["shapes"]) == torch.float32
 
 
 def test_half_precision_files_load_under_their_variant_name(folder):
@@ -98,7 +98,6 @@ def test_devices():
     ("name", "error", "message"),
     [
         ("shapes-trubo", ValueError, r"unknown pipeline 'shapes-trubo'; did you mean 'shapes-turbo'\?"),
-        ("sdxl", NotImplementedError, "pipeline 'sdxl' belongs to the family 'stable-diffusion-xl', which is not implemented yet"),
         ("./no/such", FileNotFoundError, "there is no folder no/such"),
         ("a/b/c", FileNotFoundError, "there is no folder a/b/c"),
         (Path("nowhere"), FileNotFoundError, "there is no folder nowhere"),
@@ -124,7 +123,7 @@ def test_a_hub_that_cannot_be_reached(name, monkeypatch, tmp_path):
 
 
 def test_weights_not_trained_yet(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "_packaged_path", lambda preset: tmp_path / preset.name)
+    monkeypatch.setattr(loading, "_packaged_path", lambda preset: tmp_path / preset.name)
     with pytest.raises(
         FileNotFoundError, match=r"the weights of 'shapes' are not at .*; make them with `python -m diffalign.shapes.train`"
     ):
@@ -141,7 +140,7 @@ def damage_index_text(folder):
 
 def damage_class(folder):
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "KolorsPipeline"}))
 
 
 def damage_component(folder):
@@ -208,7 +207,7 @@ def damage_shard(folder):
     [
         (damage_index, FileNotFoundError, "model is not a pipeline in diffusers layout: it has no model_index.json"),
         (damage_index_text, ValueError, "model/model_index.json is not readable as JSON"),
-        (damage_class, NotImplementedError, r"is a FluxPipeline, which is not supported yet; supported are StableDiffusionPipeline"),
+        (damage_class, ValueError, r"is a KolorsPipeline, which is not supported; supported are StableDiffusionPipeline"),
         (damage_component, FileNotFoundError, "has no folder vae, which its model_index.json lists"),
         (damage_missing_weights, FileNotFoundError, r"model/unet holds no weight file \(\*.safetensors\)$"),
         (damage_pickle, FileNotFoundError, "diffusion_pytorch_model.bin is not read, because it can run code"),
@@ -235,7 +234,7 @@ def test_a_preset_can_replace_the_scheduler(pipe):
     from dataclasses import replace
 
     preset = replace(presets.PRESETS["sd-turbo"], scheduler="LCMScheduler")
-    assert type(hub._finish(pipe, preset, torch.device("cpu")).scheduler).__name__ == "LCMScheduler"
+    assert type(loading._finish(pipe, preset).scheduler).__name__ == "LCMScheduler"
 
 
 def test_rewards():

@@ -1,4 +1,4 @@
-"""The Stable Diffusion family: SD 1.5, SD 2.1, SD-Turbo and the two shapes models. One U-Net, one CLIP text encoder, one KL autoencoder."""
+"""The Stable Diffusion family: SD 1.x, SD 2.x, SD-Turbo and the shapes models. One U-Net, one CLIP text encoder, one KL autoencoder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffalign.pipelines import inputs, state
-from diffalign.pipelines.aligned import AlignedPipeline
-from diffalign.pipelines.outputs import Conditioning
 from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from diffalign.backbone import Conditioning, Size
+from diffalign.pipelines import state
+from diffalign.pipelines.aligned import AlignedPipeline
+
 
 class AlignedStableDiffusionPipeline(AlignedPipeline, StableDiffusionPipeline):
-    """StableDiffusionPipeline with plugins=, seed= and a differentiable noise -> image path; see pipelines/aligned.py."""
+    """StableDiffusionPipeline with plugins=, seed= and the Backbone."""
 
     stock_class = StableDiffusionPipeline
     denoiser = "unet"
@@ -30,45 +31,50 @@ class AlignedStableDiffusionPipeline(AlignedPipeline, StableDiffusionPipeline):
         self,
         prompts: Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
+        *,
+        unconditional: bool = True,
+        size: Size | None = None,
+        embedded_scale: float | None = None,
         clip_skip: int | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
     ) -> Conditioning:
-        """Prompt embeddings and, always, the unconditional ones: one more pass of a small encoder, and every guidance scale works.
-
-        negative_prompt: one for all, or one for each prompt. cross_attention_kwargs: only its "scale" is read, for LoRA in the encoder.
-        """
-        prompts = inputs.check_prompts(prompts if isinstance(prompts, str) else list(prompts))
+        """cross_attention_kwargs: only its "scale" is read, for LoRA in the encoder."""
+        prompts, negatives = self.checked_prompts(prompts, negative_prompt)
         if clip_skip is not None and not hasattr(self.text_encoder, "text_model"):
             raise ValueError(f"clip_skip={clip_skip} does not work with this version of transformers (huggingface/diffusers reads a module "
                              "that CLIPTextModel no longer has); leave it out")  # fmt: skip
-        one = negative_prompt is None or isinstance(negative_prompt, str)
-        negatives = [negative_prompt or ""] * len(prompts) if one else inputs.check_prompts(list(negative_prompt))
-        if len(negatives) != len(prompts):
-            raise ValueError(f"negative_prompt has {len(negatives)} entries for {len(prompts)} samples; give one for each, or one string")
         with state.without_stock_truncation_warnings(self.stock_class.__module__):
-            embeddings, unconditional = self.encode_prompt(
+            embeddings, negative = self.encode_prompt(
                 prompts,
                 self._execution_device,
                 num_images_per_prompt=1,
-                do_classifier_free_guidance=True,
-                negative_prompt=negatives,
+                do_classifier_free_guidance=unconditional,
+                negative_prompt=negatives if unconditional else None,
                 lora_scale=(cross_attention_kwargs or {}).get("scale"),
                 clip_skip=clip_skip,
             )
-        tensors = {"prompt_embeds": embeddings, "negative_prompt_embeds": unconditional}
-        return Conditioning(tuple(prompts), tensors)
+        tensors = {"prompt_embeds": embeddings}
+        return Conditioning(tuple(prompts), {**tensors, "negative_prompt_embeds": negative} if unconditional else tensors, size)
 
-    def noise_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """(channels, height / 8, width / 8) for the usual autoencoder. Like the stock call, ignores one side given without the other."""
-        size = self.unet.config.sample_size
-        rows, columns = (size, size) if isinstance(size, int) else size
-        if height and width:
-            if height % 8 or width % 8:
-                raise ValueError(f"height and width must be divisible by 8, got {height} and {width}")
-            rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
-        return (self.unet.config.in_channels, rows, columns)
+    def predict(
+        self, x: Float[Tensor, "b c h w"], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+    ) -> Float[Tensor, "b c h w"]:
+        states = texts["prompt_embeds"]
+        return self.unet(x.to(self.unet.dtype), timestep, encoder_hidden_states=states, return_dict=False)[0]
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        """Scaled latents to float32 images in [0, 1]; the operations, and their dtype up to the clamp, are those of the stock call."""
-        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+    def noise_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """(channels, height / 8, width / 8) for the usual autoencoder."""
+        size = size or self.default_size()
+        return (self.unet.config.in_channels, size.height // self.vae_scale_factor, size.width // self.vae_scale_factor)
+
+    def decode(self, latents: Float[Tensor, "b c h w"], size: Size | None = None) -> Float[Tensor, "b 3 H W"]:
+        """The operations, and their dtype up to the clamp, are those of the stock call."""
+        images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
         return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+    def encode_images(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        latents = self.vae.encode((images * 2 - 1).to(self.vae.device, self.vae.dtype)).latent_dist.mean
+        return latents.float() * self.vae.config.scaling_factor
+
+    def text_limits(self) -> Sequence[tuple[Any, int]]:
+        return [(self.tokenizer, self.tokenizer.model_max_length)]

@@ -22,15 +22,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffalign.pipelines.guidance.identity import identity_of
-from diffalign.pipelines.guidance.layouts import Layout, layout_of
-from diffalign.pipelines.guidance.schedule import levels, prediction_of
-from diffalign.pipelines.guidance.tensors import Parts, network_input, prediction_in, take, with_prediction
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from diffalign.guidance import GuidanceMethod, GuidanceReport, GuidanceRun
+from diffalign.pipelines.guidance.identity import identity_of
+from diffalign.pipelines.guidance.layouts import Layout, layout_of
+from diffalign.pipelines.guidance.tensors import Parts, network_input, prediction_in, take, with_prediction
+from diffalign.pipelines.schedule import levels, prediction_of
 
 logger = logging.getLogger(__name__)
 

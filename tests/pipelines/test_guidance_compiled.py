@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from diffalign.pipelines.guidance.hook import guide
 
 from diffalign.methods.adaptive_guidance import AdaptiveGuidance
 from diffalign.methods.guidance_rivals import FixedFraction
+from diffalign.pipelines.guidance.hook import guide
 from tests.tiny_families import FAMILIES
 
 HALF = FixedFraction(fraction=0.5)

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from diffalign.pipelines.guidance.hook import guide
 
 from diffalign.methods.adaptive_guidance import AdaptiveGuidance
 from diffalign.methods.guidance_rivals import DeltaReuse, FixedFraction, IntervalGuidance
 from diffalign.methods.guidance_search import SearchedGuidance
+from diffalign.pipelines.guidance.hook import guide
 from tests.tiny_families import FAMILIES, draw
 
 RECORD = AdaptiveGuidance(threshold=math.inf)

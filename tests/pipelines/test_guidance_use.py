@@ -7,9 +7,6 @@ import math
 import diffusers
 import pytest
 import torch
-from diffalign.pipelines.guidance.hook import guide
-from diffalign.pipelines.guidance.layouts import LAYOUTS, REFUSED, Layout
-from diffalign.pipelines.guidance.schedule import levels, prediction_of
 
 import diffalign
 from diffalign.methods.adaptive_guidance import AdaptiveGuidance
@@ -17,6 +14,9 @@ from diffalign.methods.guidance_rivals import FixedFraction
 from diffalign.methods.guidance_search import SearchedGuidance
 from diffalign.methods.linear_guidance import LinearCoefficients, LinearGuidance, LinearSettings
 from diffalign.methods.linear_guidance_fit import LinearFit
+from diffalign.pipelines.guidance.hook import guide
+from diffalign.pipelines.guidance.layouts import LAYOUTS, REFUSED, Layout
+from diffalign.pipelines.schedule import levels, prediction_of
 from tests.pipelines.methods import Redraw
 from tests.tiny_families import FAMILIES, VP
 

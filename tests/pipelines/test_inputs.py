@@ -7,8 +7,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffalign.pipelines import inputs
 
+from diffalign.pipelines import inputs
 from tests.pipelines.methods import Ascend, Redraw
 from tests.tiny import MAX_TOKENS, tiny_tokenizer
 

@@ -6,6 +6,7 @@ import jaxtyping
 import pytest
 import torch
 
+from diffalign.backbone import Size
 from tests.tiny import ancestral_scheduler, tiny_scheduler, tiny_stable_diffusion
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -114,9 +115,9 @@ def test_encode(pipe):
 
 def test_noise_shape(pipe):
     assert pipe.noise_shape() == (4, 16, 16)
-    assert pipe.noise_shape(64, 32) == (4, 32, 16)
+    assert pipe.noise_shape(Size(64, 32)) == (4, 32, 16)
     with pytest.raises(ValueError, match="divisible by 8, got 30 and 32"):
-        pipe.noise_shape(30, 32)
+        pipe.size_of({"height": 30, "width": 32})
 
 
 def test_bad_arguments_are_named(pipe):

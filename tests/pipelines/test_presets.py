@@ -7,12 +7,11 @@ import subprocess
 import sys
 
 import pytest
+
 from diffalign.pipelines import presets
 
-REQUIRED = "shapes shapes-turbo sd15 sd21 sd-turbo sdxl sdxl-turbo pixart-dmd hyper-sdxl flux-schnell sana-sprint sd3.5-medium"  # fmt: skip
 
-
-@pytest.mark.parametrize("name", REQUIRED.split())
+@pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_row_is_usable(name):
     preset = presets.PRESETS[name]
     assert preset.name == name
@@ -23,8 +22,7 @@ def test_every_row_is_usable(name):
     assert preset.half in ("float16", "bfloat16", "float32")
     if not preset.source.startswith(presets.PACKAGED):
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", preset.source)
-    expected = {"num_inference_steps", "guidance_scale", "height", "width"} | ({"timesteps"} if preset.timesteps else set())
-    assert set(preset.defaults()) == expected
+    assert {"num_inference_steps", "guidance_scale", "height", "width"} <= set(preset.defaults())
     assert len(preset.timesteps or ()) in (0, preset.steps)
 
 
@@ -39,15 +37,24 @@ def test_unknown_names_get_a_suggestion():
         presets.get_preset("qqqqqq")
 
 
-def test_families_that_are_missing_say_what_is_there():
-    assert presets.get_preset("sd-turbo").source == "stabilityai/sd-turbo"
-    with pytest.raises(
-        NotImplementedError, match=r"pipeline 'sdxl' belongs to the family 'stable-diffusion-xl'.*stable-diffusion \(presets shapes, "
-    ):
-        presets.get_preset("sdxl")
-    with pytest.raises(NotImplementedError, match=r"the folder x is a FluxPipeline.*StableDiffusionPipeline \(stable-diffusion\)"):
-        presets.family_of_stock_class("FluxPipeline", "the folder x")
-    assert set(presets.supported()) == {"shapes", "shapes-turbo", "sd15", "sd21", "sd-turbo"}
+def test_classes_that_are_missing_say_what_is_there():
+    with pytest.raises(ValueError, match=r"the folder x is a KolorsPipeline.*StableDiffusionPipeline, "):
+        presets.family_of_stock_class("KolorsPipeline", "the folder x")
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_has_a_family_whose_class_is_there(name):
+    import importlib
+
+    import diffusers
+
+    preset = presets.PRESETS[name]
+    family = presets.FAMILIES[preset.family]
+    cls = getattr(importlib.import_module(family.module), family.aligned_class)
+    assert cls.stock_class is getattr(diffusers, family.stock_class)
+    assert set(preset.defaults()) <= set(cls.search_arguments), "a default that a search would refuse"
+    if preset.scheduler:
+        assert hasattr(diffusers, preset.scheduler)
 
 
 def test_a_hub_id_finds_its_preset_where_that_is_unambiguous():
@@ -60,5 +67,5 @@ def test_a_hub_id_finds_its_preset_where_that_is_unambiguous():
 
 def test_listing_names_imports_nothing_heavy():
     heavy = "[m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules]"
-    code = f"import sys, diffalign, pipelines.presets, diffalign.hub; print({heavy})"
+    code = f"import sys, diffalign, diffalign.pipelines.presets, diffalign.hub; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

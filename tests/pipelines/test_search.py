@@ -83,6 +83,9 @@ def test_text_is_encoded_once(pipe):
     calls = []
     pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     pipe(PROMPTS, seed=0, num_images_per_prompt=2, plugins=[Ascend(4)], **ONE)
+    assert len(calls) == 1  # without guidance, the prompts alone
+    calls.clear()
+    pipe(PROMPTS, seed=0, num_images_per_prompt=2, plugins=[Ascend(4)], **{**ONE, "guidance_scale": 2.0})
     assert len(calls) == 2  # the prompts, and the empty ones
 
 

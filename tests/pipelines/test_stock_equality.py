@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffalign.pipelines.families.stable_diffusion import AlignedStableDiffusionPipeline
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 
+from diffalign.pipelines.families.stable_diffusion import AlignedStableDiffusionPipeline
 from tests.pipelines.methods import Dim
 from tests.tiny import ancestral_scheduler, tiny_scheduler, tiny_stable_diffusion
 

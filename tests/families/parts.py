@@ -1,0 +1,38 @@
+"""Tiny text encoders, tokenizers and autoencoders that several families share, and what makes random weights say something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from tests.tiny import WIDTH, tiny_text_encoder, tiny_tokenizer
+
+__all__ = ["WIDTH", "autoencoder", "finish", "tiny_text_encoder", "tiny_tokenizer", "wake"]
+
+
+def wake(module: nn.Module) -> nn.Module:
+    """Matrices that start at zero (gates, last projections) get weights, or neither prompt nor noise would matter."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, 0, parameter[0].numel() ** -0.5)
+    return module
+
+
+def autoencoder(channels: int = 4, **more: Any) -> AutoencoderKL:
+    """8 pixels to one latent each way, as in the real models."""
+    settings = {"scaling_factor": 0.18215, "latent_channels": channels, "sample_size": 32, "norm_num_groups": 4, **more}
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        **settings,
+    )
+
+
+def finish(modules: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """In evaluation mode, in a dtype."""
+    return {name: module.to(dtype).eval() for name, module in modules.items()}
