@@ -58,7 +58,9 @@ class Conditioning:
         """The conditioning of the samples `rows`, in that order; a sample may occur more than once."""
         if any(not 0 <= row < len(self) for row in rows):
             raise IndexError(f"rows must lie in 0..{len(self) - 1}, got {list(rows)}")
-        tensors = {name: tensor[torch.as_tensor(list(rows), device=tensor.device)] for name, tensor in self.tensors.items()}
+        tensors = {
+            name: tensor[torch.as_tensor(list(rows), dtype=torch.long, device=tensor.device)] for name, tensor in self.tensors.items()
+        }
         return Conditioning(tuple(self.prompts[row] for row in rows), tensors, self.size, self.embedded_scale)
 
     def conditional(self) -> dict[str, Tensor]:
