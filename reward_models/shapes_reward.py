@@ -13,14 +13,15 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from diffalign.reward_models.base import Images, RewardModel, Scores
 from diffalign.reward_models.checkpoints import load_strict, read_json, read_tokenizer, read_weights, tokenize
 from diffalign.reward_models.pixels import Preprocess
 from diffalign.reward_models.shapes_captioner import SIZE, Captioner, CaptionerConfig
 from diffalign.reward_models.sources import Source
 from diffalign.reward_models.spec import Spec
-from jaxtyping import Float, Int
-from torch import Tensor
 
 KEYS = tuple(field.name for field in dataclasses.fields(CaptionerConfig))
 

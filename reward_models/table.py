@@ -52,6 +52,16 @@ SPECS: dict[str, Spec] = {
         checkpoint={"model": "package:shapes/weights/shapes-reward"},
         memory=0.01,
     ),
+    "shapes-watch": Spec(
+        name="shapes-watch",
+        target="diffalign.reward_models.shapes_watch:ShapesWatch",
+        paper="Perez et al., FiLM (arXiv 1709.07871), as a reward for watching the optimised ones",
+        licence="Apache-2.0",
+        range=(-10.0, 10.0),
+        unit="log-odds that the prompt is true of the image",
+        checkpoint={"model": "package:shapes/weights/shapes-watch"},
+        memory=0.002,
+    ),
     "clip-l14": Spec(
         name="clip-l14",
         target="diffalign.reward_models.clip_score:CLIPScore",

@@ -58,12 +58,13 @@ def tiny_clip(tokenizer):
 def weights(tmp_path_factory, tokenizer, tiny_clip) -> Path:
     """The folder that holds one folder for each reward with weights. Tests that damage it copy what they need first."""
     from diffalign.reward_models.shapes_captioner import Captioner, CaptionerConfig
-
+    from diffalign.reward_models.shapes_film import FilmConfig, FilmScorer
     from diffalign.shapes.train.rewards_aesthetic import build_head
     from diffalign.shapes.train.rewards_captioner import save_reward
     from diffalign.shapes.train.rewards_clip import save_clip
     from diffalign.shapes.train.rewards_convert import convert, save_half
     from diffalign.shapes.train.rewards_preference import save_preference
+    from diffalign.shapes.train.rewards_watch import save_watch
 
     root = tmp_path_factory.mktemp("rewards")
     save_clip(root / "shapes-clip", tiny_clip, layout(tokenizer), tokenizer)
@@ -78,6 +79,8 @@ def weights(tmp_path_factory, tokenizer, tiny_clip) -> Path:
     for p in captioner.parameters():
         p.data.mul_(1.5)  # or its gradients are too small for finite differences in float32
     save_reward(root / "shapes-reward", captioner, tokenizer)
+    watch = FilmScorer(FilmConfig(len(tokenizer), tokenizer.eos_token_id, channels=8, text=48, blocks=2))
+    save_watch(root / "shapes-watch", watch, tokenizer)
     tiny_clips.write_all(root)
     tiny_vlms.write_all(root)
     return root

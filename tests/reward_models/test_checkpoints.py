@@ -16,6 +16,7 @@ FILES = {
     "shapes-preference": ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"),
     "shapes-aesthetic": ("config.json", "head.safetensors"),
     "shapes-reward": ("config.json", "model.safetensors", "tokenizer.json"),
+    "shapes-watch": ("config.json", "model.safetensors", "tokenizer.json"),
 }
 TRAINED = list(FILES)  # the other models have such tests of their own
 MAIN = dict.fromkeys(FILES, "model.safetensors") | {"shapes-aesthetic": "head.safetensors"}
@@ -116,9 +117,9 @@ def test_configurations_are_checked(load, root, name):
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match=f"{path.name} must be a JSON object with the keys"):
         load(name, root)
-    lacking = {key: value for key, value in whole.items() if key not in ("preprocess_cfg", "text_config", "width")}
+    lacking = {key: value for key, value in whole.items() if key not in ("preprocess_cfg", "text_config", "width", "channels")}
     path.write_text(json.dumps(lacking))
-    with pytest.raises(ValueError, match=r"with the keys .*(preprocess_cfg|text_config|width)"):
+    with pytest.raises(ValueError, match=r"with the keys .*(preprocess_cfg|text_config|width|channels)"):
         load(name, root)
 
 
@@ -233,8 +234,9 @@ def test_what_a_model_does_not_need_must_be_named(tmp_path):
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
     import huggingface_hub
-    from diffalign.reward_models.sources import Source
     from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from diffalign.reward_models.sources import Source
 
     def fail(*args):
         raise LocalEntryNotFoundError("no connection")

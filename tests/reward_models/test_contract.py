@@ -8,17 +8,18 @@ import sys
 
 import pytest
 import torch
-from diffalign.reward_models import base
 from torch import nn
 
 from diffalign import reward_models, types
+from diffalign.reward_models import base
 from tests.reward_models.conftest import PROMPTS
 
 DIFFERENTIABLE = [name for name, spec in reward_models.SPECS.items() if spec.differentiable]
 PROMPTED = [name for name, spec in reward_models.SPECS.items() if spec.needs_prompt]
-READS = {"shapes-clip": 32, "shapes-preference": 32, "shapes-reward": 32, "image-reward": 35}  # tokens; CLIP's 77 where nothing is said
+SHAPES = ("shapes-clip", "shapes-preference", "shapes-reward", "shapes-watch")
+READS = {**dict.fromkeys(SHAPES, 32), "image-reward": 35}  # tokens; CLIP's 77 where nothing is said
 READS |= dict.fromkeys(("hpsv3", "vqascore", "vlm-judge"), 2048)
-TEXT_APART = ["shapes-clip", "shapes-preference", "clip-l14", "clip-h14", "clip-bigg14", "pickscore", "hpsv2", "hpsv2.1", "mps"]
+TEXT_APART = [*SHAPES[:2], "shapes-watch", "clip-l14", "clip-h14", "clip-bigg14", "pickscore", "hpsv2", "hpsv2.1", "mps"]
 
 
 def test_the_table_costs_no_heavy_import():

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffalign.reward_models.shapes_captioner import Captioner, CaptionerConfig
 from diffusers import StableDiffusionPipeline
 
 from diffalign import reward_models
 from diffalign.benchmarks.geneval_rules import Detection, evaluate
+from diffalign.reward_models.shapes_captioner import Captioner, CaptionerConfig
+from diffalign.reward_models.shapes_film import FilmConfig, FilmScorer
 from diffalign.shapes import prompts
 from diffalign.shapes.scenes import Scene, Thing
 from diffalign.shapes.train import base as base_stage
@@ -24,6 +25,7 @@ from diffalign.shapes.train import rewards_captioner_tune as tune
 from diffalign.shapes.train import rewards_captions as captions
 from diffalign.shapes.train import rewards_climb as climbing
 from diffalign.shapes.train import rewards_scenes as worlds
+from diffalign.shapes.train import rewards_watch as watching
 
 HELD_OUT_COLORS = {p for s in ("validation", "test") for p in prompts.color_pairs(s)}
 HELD_OUT_RELATIONS = {p for s in ("validation", "test") for p in prompts.relation_pairs(s)}
@@ -396,3 +398,42 @@ def test_rounds_resume_to_the_bit_and_the_reward_they_leave_loads(small, tokeniz
     x = torch.rand(2, 3, 64, 64, requires_grad=True)
     (gradient,) = torch.autograd.grad(reward(x, ["a circle", "two stars"]).sum(), x)
     assert (gradient.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+# --- shapes-watch -------------------------------------------------------------------------------------------------------------
+
+
+def test_watching_resumed_equals_watching_uninterrupted_and_every_weight_learns(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "FilmConfig", lambda *ids: FilmConfig(*ids, channels=8, text=12, blocks=2))
+    settings = watching.WatchConfig(batch=6, scenes=12)
+    whole = watching.train_watch(tmp_path / "a", tokenizer, None, FEW, settings)
+    original = loop.train
+    monkeypatch.setattr(loop, "train", lambda *args: original(*args, until=2))
+    watching.train_watch(tmp_path / "b", tokenizer, None, FEW, settings)
+    assert loop.progress(tmp_path / "b" / "watch.safetensors")[0] == 2
+    monkeypatch.setattr(loop, "train", original)
+    resumed = watching.train_watch(tmp_path / "b", tokenizer, None, FEW, settings)
+    assert torch.equal(weights_of(whole), weights_of(resumed))
+    pool = captions.draw_pool(8, 1, tokenizer)
+    whole.train()
+    loss, _ = watching.watch_loss(whole, pool, settings, "cpu")(0, torch.Generator().manual_seed(1))
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in whole.parameters())
+
+
+def test_a_flipped_vote_asks_for_the_opposite():
+    own, crossed = torch.tensor([2.0]), torch.tensor([-1.0])
+    straight = watching.vote_loss(own, crossed, torch.tensor([False]))
+    assert straight.item() == pytest.approx(math.log(1 + math.exp(-3)), rel=1e-5)
+    assert watching.vote_loss(own, crossed, torch.tensor([True])).item() == pytest.approx(straight.item() + 3, rel=1e-5)
+
+
+def test_the_folder_of_the_watching_reward_loads(tokenizer, tmp_path):
+    torch.manual_seed(1)
+    model = FilmScorer(FilmConfig(len(tokenizer), tokenizer.eos_token_id, channels=8, text=12, blocks=2)).half().float()
+    watching.save_watch(tmp_path, model, tokenizer)
+    reward = reward_models.load("shapes-watch", source=tmp_path)
+    images, texts = torch.rand(2, 3, 64, 64), ["a circle", "a red star left of a ring"]
+    eight_bit = (images * 255).round().byte().permute(0, 2, 3, 1)
+    ours = watching.watch_scores(watching.load_watch(tmp_path), tokenizer, "cpu")(eight_bit, texts)
+    torch.testing.assert_close(reward((images * 255).round() / 255, texts), ours.detach(), atol=1e-5, rtol=1e-4)

@@ -24,6 +24,7 @@ from diffalign.shapes.train import (
     rewards_clip,
     rewards_judged,
     rewards_preference,
+    rewards_watch,
     text,
     turbo,
 )
@@ -132,6 +133,16 @@ def judge_reward(args: argparse.Namespace) -> None:
     rewards_judged.write_reward_card(args.run, args.weights, args.device)
 
 
+def train_watch(args: argparse.Namespace) -> None:
+    vae, tokenizer = export.shipped_parts(args.weights / "shapes")
+    model = rewards_watch.train_watch(args.run, tokenizer, vae, _config(rewards_watch.CONFIG, args), device=args.device)
+    rewards_watch.save_watch(args.weights / "shapes-watch", model, tokenizer)
+
+
+def judge_watch(args: argparse.Namespace) -> None:
+    rewards_judged.write_watch_card(args.run, args.weights, args.device)
+
+
 def judge_rewards(args: argparse.Namespace) -> None:
     rewards_judged.add_to_towers(args.run, args.weights, args.device)
 
@@ -167,6 +178,8 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "captioner": train_captioner,
     "shapes-reward": train_reward,
     "judge-shapes-reward": judge_reward,
+    "shapes-watch": train_watch,
+    "judge-shapes-watch": judge_watch,
     "judge-rewards": judge_rewards,
 }
 

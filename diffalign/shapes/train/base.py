@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffalign.diffusion import add_noise
 from diffalign.shapes.train import data, loop, text
 
 CONFIG = loop.LoopConfig(steps=6000, lr=1e-3, seed=13, ema_decay=0.9995, warmup=300)
@@ -66,6 +67,12 @@ def caption_choice(generator: torch.Generator, count: int) -> Tensor:
     return torch.where(torch.rand(count, generator=generator) < 0.1, data.CAPTIONS_PER_SCENE - 1, short)
 
 
+def min_snr_weight(alphas: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """min(snr, gamma) / snr at cumulative alphas: what an eps-loss is multiplied by."""
+    snr = alphas / (1 - alphas)
+    return snr.clamp(max=MIN_SNR_GAMMA) / snr
+
+
 def train(
     run: Path,
     vae: AutoencoderKL,
@@ -92,15 +99,13 @@ def train(
         tokens = torch.where(torch.rand(BATCH, 1, generator=generator) < EMPTY_PROMPTS, empty, tokens)
         t = torch.randint(len(alphas), (BATCH,), generator=generator)
         noise = torch.randn(latents[index].shape, generator=generator)
-        alpha = alphas[t].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents[index] + (1 - alpha).sqrt() * noise
+        noisy = add_noise(latents[index], noise, alphas[t].sqrt(), (1 - alphas[t]).sqrt())
         with torch.no_grad():
             states = encoder(tokens.to(device)).last_hidden_state
         noisy = noisy.to(device, memory_format=torch.channels_last)
         predicted = unet(noisy, t.to(device), states).sample
         error = F.mse_loss(predicted, noise.to(device), reduction="none").mean(dim=(1, 2, 3))
-        snr = alphas[t] / (1 - alphas[t])
-        loss = (error * (snr.clamp(max=MIN_SNR_GAMMA) / snr).to(device)).mean()
+        loss = (error * min_snr_weight(alphas[t]).to(device)).mean()
         return loss, {"mse": error.mean().item()}
 
     loop.train(trainee, loss_of, "shapes")

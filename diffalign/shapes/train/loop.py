@@ -106,9 +106,10 @@ def learning_rate(config: LoopConfig, step: int) -> float:
 LossOf = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 
 
-def train(trainee: Trainee, loss_of: LossOf, label: str, companions: tuple[Trainee, ...] = ()) -> None:
-    """Run to config.steps. `loss_of(step, generator)` gives the loss and figures for the progress bar.
+def train(trainee: Trainee, loss_of: LossOf, label: str, companions: tuple[Trainee, ...] = (), until: int | None = None) -> None:
+    """Run to config.steps, or to `until` of them, at the learning rates of the whole schedule.
 
+    `loss_of(step, generator)` gives the loss and figures for the progress bar.
     Companions are updated by `loss_of` itself and saved together with the trainee. Ctrl-C and errors save, then propagate.
     Raises FloatingPointError when the loss is not finite.
     """
@@ -119,7 +120,8 @@ def train(trainee: Trainee, loss_of: LossOf, label: str, companions: tuple[Train
         for one in (trainee, *companions):
             one.save()
 
-    bar = tqdm(range(trainee.step, config.steps), initial=trainee.step, total=config.steps, desc=label, mininterval=5)
+    end = config.steps if until is None else min(until, config.steps)
+    bar = tqdm(range(trainee.step, end), initial=trainee.step, total=end, desc=label, mininterval=5)
     try:
         for step in bar:
             for group in trainee.optimizer.param_groups:

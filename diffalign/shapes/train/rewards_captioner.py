@@ -40,6 +40,7 @@ class CaptioningConfig:
     batch: int = 64  # images: half scenes, half their near copies
     ranking: float = 1.0  # weight of the ranking term
     words: float = 0.1  # weight of the captioning term, whose nats are summed over a caption
+    until: int = 2400  # steps taken of the schedule; the rounds that follow begin near the rate it ends with, and bring it down
     bfloat16: bool = True  # multiply in bfloat16; weights and likelihoods stay float32
 
 
@@ -114,11 +115,11 @@ def train_captioner(
     if finished and not state.is_file():
         raise FileNotFoundError(f"{state} is missing; run `python -m diffalign.shapes.train captioner --run {run}` first")
     trainee = loop.Trainee({"captioner": model}, config, state)
-    if not finished and trainee.step < config.steps:
+    if not finished and trainee.step < min(config.steps, settings.until):
         pool = captions.draw_pool(scenes, config.seed, tokenizer)
         if autoencoder is not None:
             pool.images[::2] = autoencoded(pool.images[::2], autoencoder, config.seed)
-        loop.train(trainee, captioning_loss(model, pool, tokenizer, settings, device), "captioner")
+        loop.train(trainee, captioning_loss(model, pool, tokenizer, settings, device), "captioner", until=settings.until)
     trainee.use_average()
     return model.eval()
 

@@ -36,7 +36,7 @@ from diffalign.shapes.train.rewards_images import autoencoded, disturb
 FLIPPED = 0.1  # share of votes that name the wrong image
 GROUP = 8  # images of one prompt
 CLIMB = ClimbConfig()
-CONFIG = loop.LoopConfig(steps=600, lr=3e-4, seed=32, warmup=40, ema_decay=0.99, weight_decay=0.02, save_every=100)  # of each round
+CONFIG = loop.LoopConfig(steps=500, lr=4e-4, seed=32, warmup=20, ema_decay=0.99, weight_decay=0.02, save_every=100)  # of each round
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffalign.shapes import prompts
-from diffalign.shapes.train import card, export, loop, rewards_captioner, rewards_captioner_tune, rewards_preference
+from diffalign.shapes.train import card, export, loop, rewards_captioner, rewards_captioner_tune, rewards_preference, rewards_watch
 from diffalign.shapes.train.judged import Judged, from_pipeline, make_judged
 from diffalign.shapes.train.rewards_auc import AUC_NOTE, Score, auc_figures, best_of_figures, score_groups
 
@@ -110,6 +110,28 @@ def write_reward_card(run: Path, weights: Path, device: str) -> None:
             " images of one prompt with noisy votes, in rounds that add images found by climbing it.",
             f"The simulated annotator is the judge with {rewards_captioner_tune.FLIPPED:.0%} of votes flipped, on prompts of training"
             " combinations that are in neither validation nor test under any carrier.",
+            AUC_NOTE,
+        ],
+    )
+
+
+def write_watch_card(run: Path, weights: Path, device: str) -> None:
+    """Measure the finished `shapes-watch` and write its card."""
+    folder = weights / "shapes-watch"
+    score = rewards_watch.watch_scores(rewards_watch.load_watch(folder).to(device), CLIPTokenizer.from_pretrained(folder), device)
+    settings = rewards_watch.WatchConfig()
+    card.write_card(
+        folder,
+        title="shapes-watch",
+        command="python -m diffalign.shapes.train shapes-watch judge-shapes-watch",
+        config=rewards_watch.CONFIG,
+        seconds=loop.progress(run / "watch.safetensors")[1],
+        figures=on_held_out(score, run, weights),
+        data={"scenes": settings.scenes, "near copies": settings.scenes, "votes flipped": rewards_watch.FLIPPED},
+        device=device,
+        notes=[
+            "For watching only: nothing optimises it. A FiLM network (no transformer, no likelihood, no cosine) with a seed and votes of"
+            " its own, taught on drawn scenes; score: log-odds that the prompt is true of the image.",
             AUC_NOTE,
         ],
     )

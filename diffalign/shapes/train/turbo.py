@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffalign.diffusion import add_noise, from_x0, to_x0
 from diffalign.shapes.train import base, data, loop
 
 LAST = 999  # the student's only timestep
@@ -62,7 +63,7 @@ class Teacher:
         both = torch.cat([self.empty.expand_as(states), states])
         unconditional, conditional = self.unet(noisy.repeat(2, 1, 1, 1), t.repeat(2), both).sample.chunk(2)
         eps = unconditional + self.guidance * (conditional - unconditional)
-        return to_x0(self.scheduler, noisy, eps, t)
+        return to_x0(noisy, eps, *levels(self.scheduler, t), "epsilon")
 
     @torch.no_grad()
     def ddim(self, noise: Tensor, rows: Tensor, steps: int) -> Tensor:
@@ -70,16 +71,16 @@ class Teacher:
         scheduler.set_timesteps(steps)
         x = noise
         for t in scheduler.timesteps:
-            x0 = self.x0(x, t.expand(len(x)), rows)
-            alpha = scheduler.alphas_cumprod[t]
-            eps = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()
+            times = t.expand(len(x))
+            eps = from_x0(x, self.x0(x, times, rows), *levels(scheduler, times), "epsilon")
             x = scheduler.step(eps, t, x).prev_sample
         return x
 
 
-def to_x0(scheduler: DDIMScheduler, noisy: Tensor, eps: Tensor, t: Int[Tensor, " b"]) -> Tensor:
-    alpha = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-    return (noisy - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+def levels(scheduler: DDIMScheduler, t: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
+    """Signal and noise of each sample's timestep."""
+    alphas = scheduler.alphas_cumprod[t]
+    return alphas.sqrt(), (1 - alphas).sqrt()
 
 
 def teacher_pairs(path: Path, teacher: Teacher, config: TurboConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,14 +133,12 @@ def train(
         """x0 at a random time each: (noisy, t, the noise)."""
         t = torch.randint(20, 980, (len(x0),), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
-        alpha = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * eps, t, eps
+        return add_noise(x0, eps, *levels(scheduler, t)), t, eps
 
     def update_fake(x0: Tensor, rows: Tensor, generator: torch.Generator, step: int) -> None:
         noisy, t, eps = noised(x0, generator)
-        snr = (scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])).view(-1, 1, 1, 1)
-        error = F.mse_loss(fake(noisy, t, states[rows]).sample, eps, reduction="none")
-        loss = (error * (snr.clamp(max=base.MIN_SNR_GAMMA) / snr)).mean()
+        error = F.mse_loss(fake(noisy, t, states[rows]).sample, eps, reduction="none").mean(dim=(1, 2, 3))
+        loss = (error * base.min_snr_weight(scheduler.alphas_cumprod[t])).mean()
         critic.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(fake.parameters(), 1.0)
@@ -161,7 +160,7 @@ def train(
         with torch.no_grad():
             noisy, t, _ = noised(x0, generator)
             real = teacher.x0(noisy, t, rows)
-            imagined = to_x0(scheduler, noisy, fake(noisy, t, states[rows]).sample, t)
+            imagined = to_x0(noisy, fake(noisy, t, states[rows]).sample, *levels(scheduler, t), "epsilon")
             direction = (imagined - real) / (x0 - real).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
         matching = 0.5 * F.mse_loss(x0, x0.detach() - direction)
         figures = {"direction": direction.square().mean().item(), "regression": regression.item()}
