@@ -4,9 +4,7 @@ Notation, here and in the methods' files: c, u are the network's outputs with th
 guidance scale, and the sampler is given g = u + w (c - u) = c + (w - 1) d with d = c - u. A step without its second evaluation returns c
 for u, and then g = c whatever w is, and whatever the pipeline does to g afterwards (guidance_rescale is neutral).
 
-With the network's input x = a x0 + s eps (a = signal, s = noise of the step):
-
-    epsilon: x0 = (x - s eps) / a     v_prediction: x0 = a x - s v     flow (a = 1 - s): x0 = x - s v     velocity: v = (a eps - s x0)
+What a prediction means for x0 is in diffalign/diffusion.py; velocity is v = (a eps - s x0).
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffalign.diffusion import to_x0
 from diffalign.guidance import Branch, GuidancePolicy, GuidanceRun
 from diffalign.noise import sample_dot
 
@@ -50,12 +49,10 @@ def direction(
     if space == "model_output":
         return output
     if prediction == "epsilon":
-        return x - noise * output if space == "x0" else output - noise * x  # a v = eps - s x
-    if prediction == "v_prediction":
-        return signal * x - noise * output
-    if prediction == "flow":
-        return x - noise * output
-    return signal * x - output  # velocity from x0: s v = a x - x0, when a^2 + s^2 = 1
+        return x - noise * output if space == "x0" else output - noise * x  # a x0, and a v = eps - s x
+    if space == "velocity":
+        return signal * x - output  # from x0: s v = a x - x0, when a^2 + s^2 = 1
+    return to_x0(x, output, signal, noise, prediction)
 
 
 def cosine(a: Float[Tensor, "b ..."], b: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
