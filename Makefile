@@ -3,7 +3,7 @@
 #   VENV=path        the environment to use or create (default .venv)
 #   PYTHON=path      the Python that creates it (default: the first of python3, python3.13, python3.12, python3.11 that is new enough)
 #   PARALLEL=        run the tests in one process
-#   EDITABLE=        install a copy instead of linking to this folder
+#   EDITABLE=        install a copy instead of linking to this folder, and run the tests outside of it
 
 VENV ?= .venv
 EDITABLE ?= --editable
@@ -15,10 +15,11 @@ STAGES ?= autoencoder text decoder base judge-base turbo judge-turbo shapes-clip
 TRAIN_ARGS ?=
 
 BIN := $(VENV)/bin
+TESTED_FROM := $(if $(EDITABLE),.,build/outside)
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow lint format train-shapes over-optimisation clean
+.PHONY: help demo app test test-slow lint format train-shapes over-optimisation clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,16 +31,22 @@ demo: $(VENV)/.diffalign ## an image before and after optimisation, on the embed
 app: $(VENV)/.diffalign-app ## the same in the browser
 	$(BIN)/diffalign demo
 
-test: $(VENV)/.diffalign-dev ## the tests that need minutes at most
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_ARGS)
+test: $(VENV)/.diffalign-dev $(TESTED_FROM) ## the tests that need minutes at most
+	cd $(TESTED_FROM) && $(abspath $(BIN))/pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.diffalign-dev ## all tests, also the slow ones
-	$(BIN)/pytest $(PYTEST_ARGS)
+test-slow: $(VENV)/.diffalign-dev $(TESTED_FROM) ## all tests, also the slow ones
+	cd $(TESTED_FROM) && $(abspath $(BIN))/pytest $(PYTEST_ARGS)
+
+# Everything but the packages, so that the tests cannot help testing what is installed.
+build/outside: FORCE
+	rm -rf $@ && mkdir -p $@
+	cp -R $(filter-out diffalign pipelines reward_models build outputs runs dist,$(wildcard *)) .gitignore $@
 
 lint: $(VENV)/.diffalign-dev ## style, format, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/layout && mkdir -p build/layout && cp -R diffalign pyproject.toml build/layout && cp -R pipelines reward_models build/layout/diffalign
+	rm -rf build/layout && mkdir -p build/layout
+	cp -R diffalign pyproject.toml build/layout && cp -R pipelines reward_models build/layout/diffalign
 	cd build/layout && PYTHONPATH=. $(abspath $(BIN))/lint-imports
 
 format: $(VENV)/.diffalign-dev ## put the code into the project's format
@@ -58,16 +65,20 @@ clean: ## remove what builds, tests and demos leave behind; environments and tra
 
 # One stamp per set of extras, newer than pyproject.toml while the installation is up to date.
 
+# What an earlier build left in build/lib would go into the next wheel, deleted modules included.
 $(VENV)/.diffalign: pyproject.toml | $(BIN)/pip
+	@rm -rf build/lib build/bdist.*
 	@echo "Installing diffalign into $(VENV). PyTorch is several gigabytes, so the first time takes minutes."
 	$(BIN)/python -m pip install $(EDITABLE) .
 	@touch $@
 
 $(VENV)/.diffalign-app: pyproject.toml | $(BIN)/pip
+	@rm -rf build/lib build/bdist.*
 	$(BIN)/python -m pip install $(EDITABLE) ".[app]"
 	@touch $@ $(VENV)/.diffalign
 
 $(VENV)/.diffalign-dev: pyproject.toml | $(BIN)/pip
+	@rm -rf build/lib build/bdist.*
 	@echo "Installing diffalign and its tests into $(VENV). PyTorch is several gigabytes, so the first time takes minutes."
 	$(BIN)/python -m pip install $(EDITABLE) ".[dev,app]"
 	@touch $@ $(VENV)/.diffalign $(VENV)/.diffalign-app

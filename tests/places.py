@@ -9,6 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 """The checkout, or the folder outside it that holds everything but the packages, from which CI tests the installed package."""
 
+SHARED = next((folder / "shared" / "data" for folder in ROOT.parents[:3] if (folder / "shared" / "data").is_dir()), None)
+"""Recorded answers of other projects, beside the checkout; None where they are not."""
+
 
 def package(name: str) -> Path:
     """The folder of an installed package, such as "diffalign.pipelines"."""

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parents[3] / "shared" / "data"
+from tests.places import SHARED
 
 
 def path(name: str) -> Path:
     """The file or folder, or a visible skip."""
-    found = FOLDER / name
-    if not found.exists():
+    if SHARED is None or not (SHARED / name).exists():
         pytest.skip(f"the recorded answers of the original code are not here: ../shared/data/{name}")
-    return found
+    return SHARED / name
 
 
 def load(name: str) -> Any:

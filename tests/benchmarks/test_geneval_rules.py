@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -19,8 +16,8 @@ from diffalign.benchmarks.geneval_rules import (
     keep,
     relative_position,
 )
+from tests.benchmarks import recorded
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 UPSTREAM = Limits()
 
 
@@ -259,15 +256,8 @@ def test_a_colour_failure_ends_the_clause_before_its_position():
 # --- what the original code answered ------------------------------------------------------------------------------------------
 
 
-def recorded(name: str) -> dict:
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"the recorded answers of the original code are not here: ../shared/data/{name}")
-    return json.loads(path.read_text())
-
-
 def test_agreement_with_the_original_rule_code():
-    data = recorded("geneval_golden.json")
+    data = recorded.load("geneval_golden.json")
     assert tuple(data["colors"]) == COLORS
     assert data["default_options"] == vars(UPSTREAM)
     for case in data["cases"]:
@@ -286,7 +276,7 @@ def test_agreement_with_the_original_rule_code():
 
 
 def test_agreement_with_the_original_relations_and_iou():
-    for pair in recorded("geneval_relative_position_golden.json")["pairs"]:
+    for pair in recorded.load("geneval_relative_position_golden.json")["pairs"]:
         held = relative_position(pair["a"], pair["b"], pair["position_threshold"])
         assert sorted(held) == pair["relations"], pair
         assert list(held) == [r for r in RELATIONS if r in held]
