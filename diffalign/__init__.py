@@ -2,9 +2,10 @@
 
     pipe = diffalign.load_pipeline("shapes-turbo")
     reward = diffalign.load_reward({"shapes-clip": 1.0, "shapes-preference": 0.5})
-    out = pipe("a red circle left of a blue square", seed=0, plugins=[diffalign.ReNO(reward, iterations=50)])
+    out = pipe("a red circle left of a blue square", seed=0, plugins=[diffalign.ReNO(reward, budget=50)])
 
-Everything public is imported on first use, so that `import diffalign` costs milliseconds and a command's --help never waits for torch.
+Everything public is imported on first use, so that `import diffalign` costs milliseconds and a command's --help never
+waits for torch. The methods' classes are those of diffalign/methods/table.py.
 """
 
 from __future__ import annotations
@@ -12,18 +13,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from diffalign.methods.table import METHODS
+
 if TYPE_CHECKING:
     from diffalign.hub import guided as guided
     from diffalign.hub import load_pipeline as load_pipeline
     from diffalign.hub import load_reward as load_reward
-    from diffalign.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
-    from diffalign.methods.guidance_rivals import DeltaReuse as DeltaReuse
-    from diffalign.methods.guidance_rivals import FixedFraction as FixedFraction
-    from diffalign.methods.guidance_rivals import IntervalGuidance as IntervalGuidance
-    from diffalign.methods.guidance_search import SearchedGuidance as SearchedGuidance
-    from diffalign.methods.linear_guidance import LinearGuidance as LinearGuidance
-    from diffalign.methods.reno import ReNO as ReNO
-    from diffalign.methods.search import BestOfN as BestOfN
     from diffalign.rewards import RewardMix as RewardMix
 
 __version__ = "0.1.0"
@@ -32,16 +27,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "load_pipeline": "diffalign.hub",
     "load_reward": "diffalign.hub",
-    "ReNO": "diffalign.methods.reno",
-    "BestOfN": "diffalign.methods.search",
-    "RewardMix": "diffalign.rewards",
     "guided": "diffalign.hub",
-    "AdaptiveGuidance": "diffalign.methods.adaptive_guidance",
-    "LinearGuidance": "diffalign.methods.linear_guidance",
-    "SearchedGuidance": "diffalign.methods.guidance_search",
-    "FixedFraction": "diffalign.methods.guidance_rivals",
-    "IntervalGuidance": "diffalign.methods.guidance_rivals",
-    "DeltaReuse": "diffalign.methods.guidance_rivals",
+    "RewardMix": "diffalign.rewards",
+    **{row.class_name: row.module for row in METHODS},
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -92,7 +92,7 @@ class Trace:
     """What happened, sample by sample."""
 
     method: str
-    """Its name in the table of methods."""
+    """Its `name`."""
     rewards: dict[str, list[list[float]]]
     """rewards[name][i]: sample i's scores, one per evaluation, fewer where it stopped early. "total" is what was optimised."""
     best: list[int]
@@ -100,7 +100,7 @@ class Trace:
     diagnostics: dict[str, list[list[float]]] = field(default_factory=dict)
     """Likewise one list per sample (noise norm, gradient norm, ...), possibly shorter than the rewards."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Every setting of the method, `budget` among them: network evaluations allowed per sample."""
+    """Every setting of the method. `budget`, where it has one: evaluations of the generator allowed for each sample."""
 
     def sample(self, i: int) -> dict[str, Any]:
         """Sample i's part as plain JSON data."""

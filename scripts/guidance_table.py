@@ -23,13 +23,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffalign.pipelines.presets import get_preset
 from tqdm import tqdm
 
 from diffalign.benchmarks.shapes import ShapesBenchmark
 from diffalign.benchmarks.similarity import perceptual_distance, ssim
 from diffalign.benchmarks.statistics import paired_difference
-from diffalign.commands import options
+from diffalign.commands import evaluation
 from diffalign.commands.train import sampler
 from diffalign.files import read_json, whole_file, write_json, write_text
 from diffalign.hub import load_pipeline
@@ -39,6 +38,7 @@ from diffalign.methods.guidance_rivals import DeltaReuse, FixedFraction, Interva
 from diffalign.methods.guidance_search import SearchedGuidance, SearchSettings, search
 from diffalign.methods.linear_guidance import LinearCoefficients, LinearGuidance, LinearSettings
 from diffalign.methods.linear_guidance_fit import LinearFit
+from diffalign.pipelines.presets import get_preset
 from diffalign.shapes.detector import judge_images
 
 REFRESH = (3, 4)
@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "date": now(),
         "command": shlex.join(["python", "scripts/guidance_table.py", *(sys.argv[1:] if argv is None else argv)]),
-        "device": options.device_name(pipeline),
-        "versions": options.versions(),
+        **evaluation.machine(pipeline.device),
         "config": {name: value if not isinstance(value, Path) else value.name for name, value in vars(args).items()},
         "guidance_scale": pipeline.defaults["guidance_scale"],
         "steps": {

@@ -22,7 +22,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from diffalign.rewards import Calibration, RewardMix
 from diffalign.rewards.calibration import calibrate
 from diffalign.rewards.panel import panel
 from diffalign.shapes.detector import judge_images
+from diffalign.types import Evaluation
 
 HELD_OUT = "clip at 8x8"
 REWARDS = ("shapes-clip", "shapes-preference", "shapes-aesthetic", HELD_OUT)
@@ -71,20 +72,6 @@ class Reduced:
         return self.model(torch.nn.functional.interpolate(small, size=images.shape[2:], mode="bilinear"), prompts)
 
 
-class Recorder:
-    """A mix that keeps the pictures it has scored, one batch per evaluation."""
-
-    def __init__(self, mix: RewardMix) -> None:
-        self.mix, self.differentiable, self.seen = mix, mix.differentiable, []
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        self.mix.prepare(prompts)
-
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Any:
-        self.seen.append(to_bytes(images))
-        return self.mix(images, prompts)
-
-
 def to_bytes(images: torch.Tensor) -> np.ndarray:
     return (images.detach().permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
 
@@ -94,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/over_optimisation"))
     parser.add_argument("--limit", type=int, default=144, help="prompts, spread over the tasks by the benchmark's own rule")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--evaluations", type=int, default=25)
+    parser.add_argument("--budget", type=int, default=25, help="evaluations of the generator for each prompt")
     parser.add_argument("--base-samples", type=int, default=6, help="images of each prompt that calibrate the rewards")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=25)
@@ -119,7 +106,7 @@ def main() -> None:
 
 
 def settings(args: argparse.Namespace, what: Mapping[str, Any]) -> dict[str, Any]:
-    common = {key: getattr(args, key) for key in ("limit", "split", "evaluations", "base_samples", "seed")}
+    common = {key: getattr(args, key) for key in ("limit", "split", "budget", "base_samples", "seed")}
     return {**common, **what}
 
 
@@ -173,7 +160,7 @@ def run_once(
             continue
         began = time.process_time()
         if method == "reno":
-            samples = search(pipe, mix, items, args, lambda reward: replace(diffalign.ReNO.paper(reward), iterations=args.evaluations))
+            samples = search(pipe, mix, items, args, lambda reward: diffalign.ReNO.paper(reward, budget=args.budget))
         else:
             samples = [chosen(sample, item, mix) for sample, item in zip(candidates(pipe, models, items, args), items, strict=True)]
         write_json(path, {"settings": wanted, "cpu_seconds": round(time.process_time() - began, 1), "samples": samples})
@@ -194,9 +181,9 @@ def search(pipe: Any, mix: RewardMix, items: Sequence[Any], args: argparse.Names
     samples = []
     for at in range(0, len(items), args.batch_size):
         part = items[at : at + args.batch_size]
-        recorder = Recorder(mix)
-        out = pipe([item.prompt for item in part], seed=[item.seed for item in part], plugins=[make(recorder)])
-        verdicts = [judge_images(images, [item.metadata for item in part]) for images in recorder.seen]
+        events: list[Evaluation] = []
+        out = pipe([item.prompt for item in part], seed=[item.seed for item in part], plugins=[make(mix)], progress=events.append)
+        verdicts = [judge_images(to_bytes(event.images), [item.metadata for item in part]) for event in events]
         for i in range(len(part)):
             trace = out.trace.sample(i)
             rewards = {name: [round(score, 4) for score in series] for name, series in trace["rewards"].items()}
@@ -210,7 +197,7 @@ def candidates(pipe: Any, models: Mapping[str, Any], items: Sequence[Any], args:
     if found := resumed(path, wanted):
         return found["samples"]
     mix = RewardMix({REWARDS[0]: (models[REWARDS[0]], 1.0)}, {name: models[name] for name in REWARDS[1:]})
-    samples = search(pipe, mix, items, args, lambda reward: diffalign.BestOfN(reward, evaluations=args.evaluations))
+    samples = search(pipe, mix, items, args, lambda reward: diffalign.BestOfN(reward, budget=args.budget))
     write_json(path, {"settings": wanted, "samples": samples})
     return samples
 
@@ -335,7 +322,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         head = ["optimised", *REWARDS, "gap", "judge accuracy", "gain over none", "p (sign flips)", "of it, in the second half"]
         parts.append(f"**{method}**\n\n{table(head, rows)}")
     s = found["settings"]
-    facts = f"{s['prompts']} {s['split']} prompts, {s['evaluations']} evaluations, seed {s['seed']}; {found['device']}, {found['date']}"
+    budget = s["budget"] if "budget" in s else s["evaluations"]  # its name until 2026-11-24
+    facts = f"{s['prompts']} {s['split']} prompts, {budget} evaluations, seed {s['seed']}; {found['device']}, {found['date']}"
     return "\n\n".join([*parts, f"w: watched only. {facts}; `{found['command']}`"]) + "\n"
 
 

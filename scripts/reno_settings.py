@@ -1,6 +1,7 @@
-"""Which ReNO settings to ship: judge accuracy and reward of several, on validation prompts of the shapes world, from the same noises.
+"""Which ReNO settings to ship: judge accuracy and reward of several, on validation prompts of the shapes world, from the
+same noises. Each variant is compared with the first that ran, image by image.
 
-    python scripts/reno_settings.py --per-task 12 --iterations 30 --out outputs/reno_settings.json
+    python scripts/reno_settings.py --per-task 12 --budget 30 --out outputs/reno_settings.json
 
 The defaults of diffalign/methods/reno.py were chosen with this, never on the test split.
 """
@@ -10,18 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import diffalign
-from diffalign.methods.search import BestOfN
+from diffalign.benchmarks.statistics import paired_difference
 from diffalign.shapes import prompts
 from diffalign.shapes.detector import judge_images
 
-HALF = "half"  # of the evaluations
+HALF = "half"  # of the budget
 VARIANTS: dict[str, dict] = {
     "lr 1/256": {"lr": 1 / 256},
     "lr 1/128": {"lr": 1 / 128},
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-task", type=int, default=12)
-    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--budget", type=int, default=30, help="evaluations of the generator for each prompt")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
         "--reward", type=json.loads, default={"shapes-clip": 1.0}, help='JSON, such as {"shapes-clip": 1, "shapes-preference": 5}'
@@ -53,13 +53,13 @@ def main() -> None:
     reward = diffalign.load_reward(args.reward)
     rows = prompts.metadata("validation", per_task=args.per_task)
     methods = {
-        "best-of-n": BestOfN(reward, evaluations=args.iterations),
-        "paper": replace(diffalign.ReNO.paper(reward), iterations=args.iterations),
+        "best-of-n": diffalign.BestOfN(reward, budget=args.budget),
+        "paper": diffalign.ReNO.paper(reward, budget=args.budget),
     }
     for name, settings in VARIANTS.items():
-        starts = args.iterations // 2 if settings.get("starts") == HALF else 1
-        methods[name] = diffalign.ReNO(reward, iterations=args.iterations, patience=None, **settings | {"starts": starts})
-    results = []
+        starts = args.budget // 2 if settings.get("starts") == HALF else 1
+        methods[name] = diffalign.ReNO(reward, budget=args.budget, patience=None, **settings | {"starts": starts})
+    results, reference = [], None
     for name, method in methods.items():
         if args.only and name not in args.only:
             continue
@@ -74,10 +74,13 @@ def main() -> None:
             scores += [(total[0], total[best]) for total, best in zip(totals, out.trace.best, strict=True)]
         tags = np.array([row["tag"] for row in rows])
         mean = [float(np.mean([np.mean(np.array(v)[tags == t]) for t in dict.fromkeys(tags)])) for v in (before, after)]
+        reference = reference or after
+        paired = paired_difference([float(v) for v in after], [float(v) for v in reference], range(len(rows)), tags.tolist())
         rewards = [round(float(x), 3) for x in np.mean(scores, axis=0)]
         result = {
             "settings": name,
             "accuracy": [round(x, 4) for x in mean],
+            "against_the_first": [round(x, 4) for x in (paired.mean, paired.low, paired.high)],
             "reward": rewards,
             "seconds": round(time.perf_counter() - start, 1),
         }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +14,18 @@ import torch
 gr = pytest.importorskip("gradio", reason="the app is an extra: pip install 'diffalign[app]'")
 gradio_client = pytest.importorskip("gradio_client")
 
+from gradio.utils import get_upload_folder  # noqa: E402
+from PIL import Image  # noqa: E402
+from torchvision.transforms.functional import to_tensor  # noqa: E402
+
 from diffalign.app import improve as app  # noqa: E402
+from diffalign.app import live, pictures  # noqa: E402
+from diffalign.methods.table import names  # noqa: E402
 from diffalign.types import Evaluation, RewardScores  # noqa: E402
 from tests.tiny import tiny_stable_diffusion  # noqa: E402
 
 WEIGHTS = (1.0, 0.0)
-ENDPOINT = {"pipeline": "tiny", "method": "ReNO", "evaluations": 4, "seed": 3, "param_5": WEIGHTS[0], "param_6": WEIGHTS[1]}
+ENDPOINT = {"pipeline": "tiny", "method": "reno", "budget": 4, "seed": 3, "dark_red": WEIGHTS[0], "blue": WEIGHTS[1]}
 
 
 class RedAndBlue:
@@ -30,7 +40,7 @@ class RedAndBlue:
         pass
 
     def __call__(self, images, prompts):
-        means = {"red": images[:, 0].mean((1, 2)), "blue": images[:, 2].mean((1, 2))}
+        means = {"dark-red": images[:, 0].mean((1, 2)), "blue": images[:, 2].mean((1, 2))}
         total = sum(weight * means[name] for name, weight in self.weights.items())
         return RewardScores(total, {n: means[n] for n in self.weights}, {n: means[n] for n in self.watch})
 
@@ -50,7 +60,7 @@ def client(loads):
         pipe.defaults = {"num_inference_steps": 1, "guidance_scale": 0.0}
         return pipe
 
-    page = app.build_app(load_pipeline, lambda spec, watch: RedAndBlue(spec, watch), ("tiny", "absent"), ("red", "blue"))
+    page = app.build_app(load_pipeline, lambda spec, watch: RedAndBlue(spec, watch), ("tiny", "absent"), ("dark-red", "blue"))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", ssr_mode=False)
     yield gradio_client.Client(url, verbose=False)
     page.close()
@@ -58,14 +68,16 @@ def client(loads):
 
 def submit(client, **changes):
     given = {"prompt": "a red circle", **ENDPOINT, **changes}
-    return client.submit(*given.values(), api_name="/generate")
+    return client.submit(**given, api_name="/generate")
 
 
-def red(path):
-    from PIL import Image
-    from torchvision.transforms.functional import to_tensor
+def pixels(html):
+    """The picture inside the page's text, "3 h w"."""
+    return to_tensor(Image.open(io.BytesIO(base64.b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', html)[1]))))
 
-    return float(to_tensor(Image.open(path).convert("RGB"))[0].mean())
+
+def red(html):
+    return float(pixels(html)[0].mean())
 
 
 def test_reno_shows_two_images_a_growing_trace_and_a_better_reward(client):
@@ -76,8 +88,8 @@ def test_reno_shows_two_images_a_growing_trace_and_a_better_reward(client):
     assert "evaluation 4 of 4" in status
     columns, rows = plot["columns"], plot["data"]
     scores = [dict(zip(columns, row, strict=True)) for row in rows]
-    assert {row["reward"] for row in scores} == {"red", "blue"}  # the total would be red's line again
-    assert [row["evaluation"] for row in scores if row["reward"] == "red"] == [0, 1, 2, 3]
+    assert {row["reward"] for row in scores} == {"dark-red", "blue"}  # the total would be red's line again
+    assert [row["evaluation"] for row in scores if row["reward"] == "blue"] == [0, 1, 2, 3]
     assert scores[0]["gain"] == 0
     assert len(job.outputs()) >= 3  # loading, at least once while it ran, and the end
 
@@ -89,23 +101,26 @@ def test_models_are_loaded_once(client, loads):
 
 
 def test_without_a_search_there_is_one_image(client):
-    before, after, plot, status = submit(client, method="None").result(timeout=120)
+    before, after, plot, status = submit(client, method="none").result(timeout=120)
     assert red(before) == red(after)
     assert "evaluation 1 of 1" in status
     assert {row[0] for row in plot["data"]} == {0}
 
 
 def test_best_of_n_starts_from_the_same_image_as_reno(client):
-    first = [submit(client, method=method).result(timeout=120)[0] for method in ("ReNO", "Best of N", "None")]
-    assert len({red(path) for path in first}) == 1
+    first = [submit(client, method=method).result(timeout=120)[0] for method in ("reno", "best-of-n", "none")]
+    assert len({red(html) for html in first}) == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"prompt": "  "}, "Write a prompt first."),
+        ({"prompt": "a star " * 1000}, "at most 2000 characters"),
         ({"seed": -1}, "seed must be a whole number"),
-        ({"param_5": 0.0}, "at least one reward a weight"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"budget": 1.5}, "budget must be a whole number"),
+        ({"dark_red": 0.0}, "at least one reward a weight"),
         ({"pipeline": "absent"}, "the weights of 'absent' are not there; make them"),
     ],
 )
@@ -132,32 +147,68 @@ def test_stop_ends_the_search_and_keeps_the_best_so_far():
             progress(event(i, images[i % 2], float(i % 2)))
             time.sleep(0.005)
 
-    search = app.Search(endless)
-    shown = app.follow(search, 10_000)
-    next(shown)
+    search = live.Search(endless)
+    shown = live.follow(search, 0.05)
+    assert next(shown).state == "running"
     time.sleep(0.1)
     search.stop.set()
-    *_, (before, after, _, status) = shown
-    assert "stopped" in status
-    assert before.getpixel((0, 0)) == (64, 64, 64)
-    assert after.getpixel((0, 0)) == (191, 191, 191)
+    *_, seen = shown
+    assert seen.state == "stopped"
+    assert torch.equal(seen.first, images[0][0])
+    assert torch.equal(seen.best, images[1][0])
+    assert len(seen.scores) < 10_000
 
 
 def test_leaving_the_page_ends_the_search():
-    seen = []
+    heard = []
 
     def endless(progress):
         while True:
-            seen.append(0)
-            progress(event(len(seen), torch.zeros(1, 3, 32, 32), 0.0))
+            heard.append(0)
+            progress(event(len(heard), torch.zeros(1, 3, 32, 32), 0.0))
             time.sleep(0.005)
 
-    shown = app.follow(app.Search(endless), 10)
+    shown = live.follow(live.Search(endless), 0.0)
     next(shown)
     shown.close()
-    count = len(seen)
+    count = len(heard)
     time.sleep(0.1)
-    assert len(seen) == count
+    assert len(heard) == count
+
+
+def test_the_best_is_the_earliest_of_the_greatest_finite_totals():
+    seen = live.Seen()
+    images = [torch.full((1, 3, 2, 2), k / 10) for k in range(5)]
+    for k, total in enumerate([float("nan"), 1.0, 1.0, float("inf"), 0.5]):
+        seen.add(event(k, images[k], total))
+    assert torch.equal(seen.first, images[0][0])
+    assert torch.equal(seen.best, images[1][0])
+
+
+def test_a_picture_is_in_the_page_itself_with_its_own_pixels():
+    image = torch.rand(3, 8, 5)
+    html = pictures.picture(image, "Before")
+    torch.testing.assert_close(pixels(html), image, atol=0.5 / 255 + 1e-6, rtol=0)
+    assert 'alt="Before"' in html
+    assert 'download="before.png"' in html
+    assert 'class="small"' in html
+    assert 'class="small"' not in pictures.picture(torch.rand(3, 256, 256), "Before")
+    assert "<img" not in pictures.picture(None, "Before")
+    assert "<script>" not in pictures.picture(None, "<script>")
+
+
+def test_nothing_is_written_for_a_picture(client, tmp_path):
+    cached = Path(get_upload_folder())
+    before = set(cached.rglob("*.png"))
+    submit(client).result(timeout=120)
+    assert set(cached.rglob("*.png")) == before
+
+
+def test_the_choices_are_those_of_the_table(client):
+    info = client.view_api(return_format="dict")["named_endpoints"]["/generate"]
+    parameters = {each["parameter_name"]: each for each in info["parameters"]}
+    assert list(parameters) == ["prompt", *ENDPOINT]
+    assert parameters["method"]["type"]["enum"] == [*names("noise"), "none"]
 
 
 def test_the_total_is_drawn_where_it_is_a_line_of_its_own():
@@ -179,4 +230,4 @@ def test_an_error_inside_the_search_reaches_the_page():
         raise ValueError("the reward is not finite")
 
     with pytest.raises(ValueError, match="not finite"):
-        list(app.follow(app.Search(broken), 1))
+        list(live.follow(live.Search(broken), 1))

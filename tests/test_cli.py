@@ -9,7 +9,8 @@ import pytest
 
 from diffalign import __version__
 from diffalign.cli import build_parser, main
-from diffalign.commands import config, options
+from diffalign.commands import config, evaluation, options
+from diffalign.methods.table import METHODS
 from tests.places import ROOT
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "matplotlib", "gradio")
@@ -65,7 +66,7 @@ def test_version(capsys):
         (["--reward", "shapes-clap=1"], "unknown reward 'shapes-clap'; did you mean 'shapes-clip'?"),
         (["--watch", "britghness"], "did you mean 'brightness'?"),
         (["--method", "ren0"], "unknown method 'ren0'; did you mean 'reno'?"),
-        (["--method", "zzz"], "known: none, best-of-n, reno"),
+        (["--method", "zzz"], "known: none, reno, reno-paper, best-of-n"),
         (["--reward", "shapes-clip=nan"], "must be a finite number other than 0"),
         (["--reward", "shapes-clip=inf"], "must be a finite number other than 0"),
         (["--reward", "shapes-clip=0"], "must be a finite number other than 0"),
@@ -73,7 +74,7 @@ def test_version(capsys):
         (["--reward", "shapes-clip=much"], "got 'much'"),
         (["--seed", "-1"], "must be a whole number, between 0"),
         (["--seed", "1.5"], "must be a whole number, between 0"),
-        (["--iterations", "0"], "must be a whole number, at least 1; got '0'"),
+        (["--budget", "0"], "must be a whole number, at least 1; got '0'"),
         (["--batch-size", "none"], "must be a whole number, at least 1; got 'none'"),
         (["--steps", "-3"], "at least 1"),
         (["--guidance-scale", "nan"], "must be a finite number of at least 0; got 'nan'"),
@@ -141,7 +142,7 @@ def test_batch_size_defaults_to_one_except_for_the_small_models():
 
 def test_finite_or_none_reaches_every_number():
     nan = float("nan")
-    assert options.finite_or_none({"a": [1.0, nan], "b": {"c": (float("inf"), 2)}, "d": "nan"}) == {
+    assert evaluation.finite_or_none({"a": [1.0, nan], "b": {"c": (float("inf"), 2)}, "d": "nan"}) == {
         "a": [1.0, None],
         "b": {"c": [None, 2]},
         "d": "nan",
@@ -163,10 +164,41 @@ def test_a_config_gives_options_and_the_command_line_overrides_them(tmp_path):
     assert dict(args.reward) == {"shapes-clip": 1.0, "brightness": -0.5}
 
 
-def test_evaluations_and_iterations_are_one_option(tmp_path):
-    file = write(tmp_path / "c.yaml", "evaluations: 10\n")
-    assert parse(*config.expand(["bench", "shapes", "--config", file])).iterations == 10
-    assert parse(*config.expand(["bench", "shapes", "--config", file, "--iterations", "5"])).iterations == 5
+@pytest.mark.parametrize("old", ["iterations", "evaluations"])
+@pytest.mark.parametrize("command", [["generate", "a star"], ["bench", "shapes"]])
+def test_the_old_words_for_the_budget_say_the_new_one(old, command, tmp_path, capsys):
+    configured = ["bench", "shapes", "--config", write(tmp_path / "c.yaml", f"{old}: 10\n")]
+    for arguments in ([*command, f"--{old}", "10"], [*command, f"--{old}=10"], configured):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert f"--{old}" in err
+        assert "--budget 10" in err
+        assert len(err.splitlines()) == 1
+
+
+def test_the_budget_is_fifty_unless_given(tmp_path):
+    assert parse("generate", "a star").budget == 50
+    file = write(tmp_path / "c.yaml", "budget: 10\n")
+    assert parse(*config.expand(["bench", "shapes", "--config", file])).budget == 10
+    assert parse(*config.expand(["bench", "shapes", "--config", file, "--budget", "5"])).budget == 5
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_help_lists_every_method_with_its_summary(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    for row in METHODS:
+        if row.kind == "noise":
+            assert f"{row.name} " in text
+            assert row.summary in text
+
+
+def test_the_module_is_the_program():
+    done = subprocess.run([sys.executable, "-m", "diffalign", "--version"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == f"diffalign {__version__}\n"
 
 
 @pytest.mark.parametrize(

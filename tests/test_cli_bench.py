@@ -14,7 +14,7 @@ from diffalign.cli import main
 
 @pytest.fixture(scope="module")
 def options(tiny_folder):
-    fixed = "--steps 1 --guidance-scale 0 --iterations 3 --device cpu --reward brightness=1 --watch jpeg-incompressibility"
+    fixed = "--steps 1 --guidance-scale 0 --budget 3 --device cpu --reward brightness=1 --watch jpeg-incompressibility"
     return ["bench", "shapes", "--pipeline", str(tiny_folder), *fixed.split()]
 
 
@@ -154,8 +154,8 @@ def test_other_settings_are_refused(finished, options, tmp_path, capsys):
 def test_more_evaluations_concern_the_searches_alone(finished, options, tmp_path, capsys):
     """The images of "none" do not depend on the budget, so only the search is refused."""
     out = copy(finished, tmp_path)
-    assert main([*options, "--iterations", "2", "--method", "reno", "--limit", "6", "--out", str(out)]) == 1
-    assert "reno holds images made with other settings (iterations: 3 -> 2)" in capsys.readouterr().err
+    assert main([*options, "--budget", "2", "--method", "reno", "--limit", "6", "--out", str(out)]) == 1
+    assert "reno holds images made with other settings (budget: 3 -> 2)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

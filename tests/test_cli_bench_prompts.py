@@ -29,7 +29,7 @@ def bench(capsys, tiny_folder, folders):
     """Runs the command on a benchmark's prompts; gives exit code, output and errors."""
 
     def call(name, out, *more, prompts=True):
-        fixed = ["--pipeline", tiny_folder, "--steps", 1, "--guidance-scale", 0, "--device", "cpu", "--batch-size", 8, "--iterations", 2]
+        fixed = ["--pipeline", tiny_folder, "--steps", 1, "--guidance-scale", 0, "--device", "cpu", "--batch-size", 8, "--budget", 2]
         source = ["--prompts", folders[name]] if prompts and name in folders else []
         code = main(list(map(str, ["bench", name, *fixed, *source, "--out", out, *more])))
         captured = capsys.readouterr()

@@ -26,16 +26,16 @@ FILES = {"before.png", "after.png", "strip.png", "rewards.png", "noise.safetenso
 def generate(tiny_folder, tmp_path, capsys):
     """Runs the command on the tiny pipeline; returns (exit code, stdout, stderr)."""
 
-    def run(*arguments, out=tmp_path / "out", reward=("brightness=1",), iterations=3):
-        code = main(command(tiny_folder, out, *arguments, reward=reward, iterations=iterations)[1:])
+    def run(*arguments, out=tmp_path / "out", reward=("brightness=1",), budget=3):
+        code = main(command(tiny_folder, out, *arguments, reward=reward, budget=budget)[1:])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return run
 
 
-def command(folder, out, *arguments, reward=("brightness=1",), iterations=3):
-    fixed = ["--pipeline", str(folder), "--steps", "1", "--guidance-scale", "0", "--iterations", str(iterations), "--device", "cpu"]
+def command(folder, out, *arguments, reward=("brightness=1",), budget=3):
+    fixed = ["--pipeline", str(folder), "--steps", "1", "--guidance-scale", "0", "--budget", str(budget), "--device", "cpu"]
     rewards = ["--reward", *reward] if reward else []
     return ["diffalign", "generate", *map(str, arguments), *fixed, *rewards, "--out", str(out)]
 
@@ -321,7 +321,7 @@ def test_a_run_killed_in_the_middle_goes_on(generate, tiny_folder, tmp_path, sig
     prompts = [f"{i} stars" for i in range(6)]
     arguments = [*prompts, "--batch-size", "1", "--method", "best-of-n"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "diffalign.cli", *command(tiny_folder, tmp_path / "out", *arguments, iterations=60)[1:]]
+    line = [sys.executable, "-m", "diffalign.cli", *command(tiny_folder, tmp_path / "out", *arguments, budget=60)[1:]]
     # a shell's background jobs ignore Ctrl-C, and what they start inherits that; the command must not, to be interrupted here
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
@@ -337,7 +337,7 @@ def test_a_run_killed_in_the_middle_goes_on(generate, tiny_folder, tmp_path, sig
         assert f"interrupted: {len(finished)} of 6 prompts are finished" in err
         assert "the same command continues" in err
         assert "Traceback" not in err
-    code, out, _ = generate(*arguments, iterations=60)
+    code, out, _ = generate(*arguments, budget=60)
     assert code == 0
     assert f"{len(finished)} of 6 prompts are already finished" in out
     assert len(traces(tmp_path / "out")) == 6

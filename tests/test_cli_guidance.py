@@ -7,7 +7,7 @@ import json
 import pytest
 
 from diffalign.cli import main
-from diffalign.commands.guidance import FROM_FILE, METHODS, summary
+from diffalign.commands.guidance import FROM_FILE, summary
 from diffalign.methods.guidance_search import SearchedGuidance
 from diffalign.methods.linear_guidance import LinearCoefficients
 
@@ -170,11 +170,3 @@ def test_without_guidance_there_is_nothing_to_save(tiny_folder, tmp_path, capsys
                "--device", "cpu", "--out", str(tmp_path / "out"), "--guidance", "fixed"]  # fmt: skip
     assert main(command) == 1
     assert "runs without classifier-free guidance (guidance_scale is 0)" in capsys.readouterr().err
-
-
-def test_every_name_is_a_method():
-    from importlib import import_module
-
-    for name, place in METHODS.items():
-        if place is not None:
-            assert getattr(import_module(place[0]), place[1]).name == name

@@ -35,7 +35,7 @@ def test_calibrate_writes_what_a_mix_can_load(calibration, capsys):
 
 def test_generate_with_a_rule(tiny_folder, calibration, tmp_path):
     """Best-of-N under the worst case: the total recorded is the least calibrated member of the image returned."""
-    common = ["generate", "a ring", "--pipeline", str(tiny_folder), *FIXED, "--method", "best-of-n", "--iterations", "4", *PAIR]
+    common = ["generate", "a ring", "--pipeline", str(tiny_folder), *FIXED, "--method", "best-of-n", "--budget", "4", *PAIR]
     rule = ["--reward-rule", "worst-case", "--calibration", str(calibration)]
     assert main([*common, *rule, "--out", str(tmp_path / "a")]) == 0
     trace = json.loads((tmp_path / "a" / "00000-a-ring" / "trace.json").read_text())
@@ -50,7 +50,7 @@ def test_generate_with_a_rule(tiny_folder, calibration, tmp_path):
 
 
 def test_generate_shows_the_gap(tiny_folder, calibration, tmp_path):
-    arguments = ["generate", "a ring", "--pipeline", str(tiny_folder), *FIXED, "--method", "reno", "--iterations", "4"]
+    arguments = ["generate", "a ring", "--pipeline", str(tiny_folder), *FIXED, "--method", "reno", "--budget", "4"]
     rewards = [
         "--reward",
         "brightness",
@@ -75,7 +75,7 @@ def test_generate_shows_the_gap(tiny_folder, calibration, tmp_path):
 
 
 def test_bench_reports_optimised_against_watched(tiny_folder, calibration, tmp_path):
-    arguments = ["bench", "shapes", "--pipeline", str(tiny_folder), *FIXED, "--limit", "6", "--iterations", "3", "--method", "best-of-n"]
+    arguments = ["bench", "shapes", "--pipeline", str(tiny_folder), *FIXED, "--limit", "6", "--budget", "3", "--method", "best-of-n"]
     rewards = ["--reward", "brightness", "--watch", "jpeg-incompressibility", "--out", str(tmp_path / "run")]
     assert main([*arguments, *rewards]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

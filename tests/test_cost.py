@@ -4,7 +4,7 @@ import pytest
 
 from diffalign.commands.cost import Meter
 from diffalign.hub import load_reward
-from diffalign.methods import find_method
+from diffalign.methods import BestOfN
 
 
 @pytest.mark.parametrize(("guidance_scale", "passes"), [(0.0, 1), (3.0, 2)])
@@ -19,7 +19,7 @@ def test_guidance_costs_two_evaluations_a_step(pipe, guidance_scale, passes):
 
 
 def test_a_search_makes_a_generation_for_every_evaluation(pipe):
-    method = find_method("best-of-n")(load_reward("brightness", device="cpu"), evaluations=5)
+    method = BestOfN(load_reward("brightness", device="cpu"), budget=5)
     with Meter(pipe) as meter:
         output = pipe(["a", "b"], seed=0, num_inference_steps=2, guidance_scale=0.0, plugins=[method])
     costs = meter.costs(2, [len(series) for series in output.trace.rewards["total"]])

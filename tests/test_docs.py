@@ -84,7 +84,7 @@ def test_the_example_method_climbs_and_keeps_samples_apart(monkeypatch):
         noise = torch.stack([torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(seeds[i])) for i in indices])
         return NoiseProblem(noise, [prompts[i] for i in indices], [seeds[i] for i in indices], lambda noise, rows: noise.sigmoid())
 
-    search = module.Neighbours(Nearness(), iterations=60)
+    search = module.Neighbours(Nearness(), budget=60)
     together = search.search(problem([0, 1, 2]))
     for i in range(3):
         totals = together.trace.rewards["total"][i]
@@ -93,6 +93,6 @@ def test_the_example_method_climbs_and_keeps_samples_apart(monkeypatch):
         alone = search.search(problem([i]))
         torch.testing.assert_close(alone.noise[0], together.noise[i])
         assert alone.trace.best[0] == together.trace.best[i]
-    assert together.trace.settings == {"iterations": 60, "radius": 0.3}
+    assert together.trace.settings == {"budget": 60, "radius": 0.3}
     with pytest.raises(ValueError, match="radius must be a finite number above 0"):
         module.Neighbours(Nearness(), radius=0.0)

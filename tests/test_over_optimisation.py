@@ -27,7 +27,6 @@ def test_the_image_that_would_be_returned(script):
 
 def test_a_choice_among_candidates_is_what_best_of_n_would_make(script):
     from diffalign.reward_models import load
-
     from diffalign.rewards import Calibration, RewardMix
 
     rewards = {name: [3.0, 1.0, 2.0] for name in script.REWARDS} | {"shapes-clip": [0.0, 9.0, 5.0]}
@@ -49,7 +48,7 @@ def test_a_choice_among_candidates_is_what_best_of_n_would_make(script):
 def test_the_whole_and_its_resumption(script, tmp_path, monkeypatch, capsys):
     if not (WEIGHTS / "shapes-aesthetic").is_dir():
         pytest.skip("the models are not trained yet: there is no diffalign/shapes/weights")
-    arguments = ["--limit", "6", "--evaluations", "2", "--base-samples", "2", "--split", "validation", "--out", str(tmp_path)]
+    arguments = ["--limit", "6", "--budget", "2", "--base-samples", "2", "--split", "validation", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["over_optimisation.py", *arguments])
     threads = torch.get_num_threads()
     script.main()

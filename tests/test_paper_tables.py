@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from diffalign.pipelines.presets import PRESETS
 from diffalign.reward_models import SPECS
-
 from tests.benchmarks.prompt_files import write_prompt_files
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_mask2former import mmdet_layout, tiny_mask2former
@@ -66,7 +66,7 @@ def run(script, tiny_folder, tmp_path, table, *more):
 
 @pytest.mark.parametrize("table", ["reno-geneval", "best-of-n"])
 def test_a_search_table_with_published_figures_beside(script, tiny_folder, tmp_path, detector, table, capsys):
-    search = ["--samples", "1", "--reward", "brightness=1", "--iterations", "2"]
+    search = ["--samples", "1", "--reward", "brightness=1", "--budget", "2"]
     code, text, rows = run(script, tiny_folder, tmp_path, table, *detector, *search)
     assert code == 0, capsys.readouterr().err
     assert [row["method"] for row in rows] == list(script.TABLES[table].methods)

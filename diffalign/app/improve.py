@@ -1,32 +1,31 @@
-"""The app: a prompt becomes an image, and then a better one while you watch.
+"""Improve: a prompt becomes an image, and then a better one while you watch.
 
-`build_app()` gives the gradio Blocks, `main()` serves them (`diffalign demo`). No method is implemented here: the page wires inputs to the
-same calls as the command line, and shows what a search reports while it runs.
+`build_app()` gives the gradio Blocks, `main()` serves them (`diffalign demo`). No method is implemented here: the page wires
+its inputs to the same calls as the command line, and shows what a search reports while it runs.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import gradio as gr
 import pandas as pd
-from PIL import Image
 
 import diffalign
-from diffalign.commands import options
-from diffalign.plots import enlarge
-from diffalign.types import Evaluation, Progress
+from diffalign.app import pictures
+from diffalign.app.live import Search, Seen, follow
+from diffalign.commands.evaluation import DEFAULT_REWARD
+from diffalign.methods import build_method
+from diffalign.methods.table import METHODS, NOISE, names
 
 PIPELINES = ("shapes-turbo", "shapes")
 REWARDS = ("shapes-clip", "shapes-preference", "shapes-aesthetic")
-METHODS = {"ReNO": "reno", "Best of N": "best-of-n", "None": "none"}
-VIEW = 448  # least edge of a shown image, in pixels
+NO_SEARCH = "none"
+MOST_BUDGET, LONGEST_PROMPT = 100, 2000
 REFRESH = 0.15  # seconds between updates of the page; each one is sent to the browser whole
 EXAMPLES = (
     "a red circle left of a blue square",
@@ -37,55 +36,11 @@ EXAMPLES = (
 INTRO = """# diffalign
 Reward-guided search over the initial noise of a text-to-image model: the **same model, same prompt**, a better starting point."""
 HINT = "The embedded models draw circles, squares, triangles, diamonds, stars, crosses, hearts and rings in ten colours."
-CSS = ".gradio-container {max-width: 1180px !important; margin: auto} #status p {font-variant-numeric: tabular-nums}"
+BUDGET_HINT = "How many images the search may make."
+CSS = ".gradio-container {max-width: 1180px !important; margin: auto} #status p {font-variant-numeric: tabular-nums}" + pictures.CSS
 
-
-class Stopped(Exception):
-    """Raised inside a search when the user presses Stop or leaves."""
-
-
-@dataclass
-class Seen:
-    """What the events of one sample's search add up to: its scores in order, its first image and the best so far."""
-
-    scores: list[dict[str, float]] = field(default_factory=list)
-    first: Any = None
-    best: Any = None
-
-    def add(self, event: Evaluation) -> None:
-        scores = {name: values[0] for name, values in event.scores.items()}
-        if self.first is None:
-            self.first = event.images[0]
-        if not self.scores or scores["total"] > max(each["total"] for each in self.scores):
-            self.best = event.images[0]
-        self.scores.append(scores)
-
-
-@dataclass
-class Search:
-    """One search in a thread of its own; `events` receives every Evaluation, then an Exception or None when it is over."""
-
-    run: Callable[[Progress], Any]
-    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    stop: threading.Event = field(default_factory=threading.Event)
-    output: Any = None
-
-    def start(self) -> threading.Thread:
-        thread = threading.Thread(target=self._work, daemon=True)
-        thread.start()
-        return thread
-
-    def _work(self) -> None:
-        try:
-            self.output = self.run(self._progress)
-            self.events.put(None)
-        except Exception as error:  # handed to the page's thread, which raises it
-            self.events.put(error)
-
-    def _progress(self, evaluation: Evaluation) -> None:
-        if self.stop.is_set():
-            raise Stopped
-        self.events.put(evaluation)
+Page = tuple[str, str, pd.DataFrame | None, str]
+"""What the handler yields: before, after, the plot's table, the status."""
 
 
 def build_app(
@@ -105,23 +60,20 @@ def build_app(
     searches: dict[str | None, Search] = {}
 
     def generate(
-        request: gr.Request, prompt: str, pipeline: str, method: str, evaluations: float, seed: float, *weights: float
-    ) -> Iterator[tuple[Any, Any, pd.DataFrame | None, str]]:
-        """Yields (before, after, scores so far, status) while the search runs."""
-        if not prompt.strip():
-            raise gr.Error("Write a prompt first.", print_exception=False)
-        if seed is None or seed < 0 or seed != int(seed):
-            raise gr.Error(f"The seed must be a whole number of at least 0; got {seed}.", print_exception=False)
-        if not any(weights):
-            raise gr.Error("Give at least one reward a weight other than 0.", print_exception=False)
+        request: gr.Request, prompt: str, pipeline: str, method: str, budget: float, seed: float, *weights: float
+    ) -> Iterator[Page]:
+        """Yields what the page shows while the search runs."""
         try:
-            yield None, None, scores_table([]), "loading the models ..."
-            pipe, reward = pipeline_of(pipeline), reward_of(tuple(zip(rewards, weights, strict=True)))
-            budget = 1 if METHODS[method] == "none" else int(evaluations)  # the best of one is the plain image, scored and reported
-            chosen = options.build_method("best-of-n" if budget == 1 else METHODS[method], reward, budget)
-            search = Search(lambda progress: pipe([prompt], seed=[int(seed)], plugins=[chosen], progress=progress))
+            budget, seed = check(prompt, budget, seed, weights)
+            yield show(Seen(), "loading the models ...")
+            pipe, reward = pipeline_of(pipeline), reward_of(tuple(zip(rewards, map(float, weights), strict=True)))
+            if method == NO_SEARCH:  # the best of one is the plain image, scored and reported
+                method, budget = "best-of-n", 1
+            plugin = build_method(method, reward, budget)
+            search = Search(lambda progress: pipe([prompt], seed=[seed], plugins=[plugin], progress=progress))
             searches[request.session_hash] = search
-            yield from follow(search, budget)
+            for seen in follow(search, REFRESH):
+                yield show(seen, sentence(seen, budget))
         except (ValueError, OSError, NotImplementedError) as error:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
         finally:
@@ -135,31 +87,29 @@ def build_app(
         gr.Markdown(INTRO)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
-                prompt = gr.Textbox(EXAMPLES[0], label="Prompt", info=HINT, lines=2, max_length=10_000)
+                prompt = gr.Textbox(EXAMPLES[0], label="Prompt", info=HINT, lines=2, max_length=LONGEST_PROMPT)
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", scale=2)
                     halt = gr.Button("Stop", scale=1)
-                method = gr.Radio(list(METHODS), value="ReNO", label="Method", info="How to search for a better noise.")
-                evaluations = gr.Slider(1, 100, 50, step=1, label="Evaluations", info="How many images the search may try.")
+                method = gr.Radio([*names(NOISE), NO_SEARCH], value=names(NOISE)[0], label="Method", info=methods_hint())
+                budget = gr.Slider(1, MOST_BUDGET, 50, step=1, label="Budget", info=BUDGET_HINT)
                 with gr.Row():
                     pipeline = gr.Dropdown(list(pipelines), value=pipelines[0], label="Model", min_width=120)
                     seed = gr.Number(0, label="Seed", precision=0, min_width=120)
                 with gr.Accordion("Rewards", open=True):
                     gr.Markdown("Weights of the sum that is optimised. A reward with weight 0 is only watched.")
-                    sliders = [gr.Slider(-1, 2, options.DEFAULT_REWARD.get(name, 0.0), step=0.1, label=name) for name in rewards]
+                    sliders = [gr.Slider(-1, 2, DEFAULT_REWARD.get(name, 0.0), step=0.1, label=name) for name in rewards]
             with gr.Column(scale=7, min_width=420):
                 with gr.Row():
-                    before = gr.Image(label="Before", type="pil", format="png", interactive=False, buttons=["download"], min_width=200)
-                    after = gr.Image(label="After", type="pil", format="png", interactive=False, buttons=["download"], min_width=200)
+                    before, after = (gr.HTML(pictures.picture(None, name), min_height=120) for name in ("Before", "After"))
                 status = gr.Markdown("Press **Generate**.", elem_id="status")
                 # without a height: a fixed one cuts the legend off
                 plot = gr.LinePlot(x="evaluation", y="gain", color="reward", y_title="gain", label="Rewards of the best image so far")
         gr.Examples([[example] for example in EXAMPLES], inputs=[prompt], label="Prompts to try")
-        inputs = [prompt, pipeline, method, evaluations, seed, *sliders]
         gr.on(
             [start.click, prompt.submit],
-            generate,
-            inputs,
+            with_named_weights(generate, rewards),
+            [prompt, pipeline, method, budget, seed, *sliders],
             [before, after, plot, status],
             concurrency_id="model",
             concurrency_limit=1,
@@ -170,36 +120,42 @@ def build_app(
     return app
 
 
-def follow(search: Search, evaluations: int) -> Iterator[tuple[Any, Any, pd.DataFrame | None, str]]:
-    """What the page shows while `search` runs, at most every REFRESH seconds, and at its end. Raises what the search raised."""
-    began, shown, seen = time.perf_counter(), 0.0, Seen()
-
-    def page(word: str) -> tuple[Any, Any, pd.DataFrame | None, str]:
-        return show(seen.first), show(seen.best), scores_table(seen.scores), sentence(word, seen.scores, evaluations, began)
-
-    thread = search.start()
-    try:
-        while (event := search.events.get()) is not None:
-            if isinstance(event, Stopped):
-                break
-            if isinstance(event, Exception):
-                raise event
-            seen.add(event)
-            if time.perf_counter() - shown > REFRESH:
-                shown = time.perf_counter()
-                yield page("running")
-        yield page("stopped" if search.output is None else "finished")
-    finally:
-        search.stop.set()  # also when the browser has gone: nobody would see the rest
-        thread.join()
+def with_named_weights(handler: Callable[..., Any], rewards: Sequence[str]) -> Callable[..., Any]:
+    """The handler, its starred weights named after the rewards: these are the parameters of the page's API."""
+    *fixed, _ = inspect.signature(handler).parameters.values()
+    named = [inspect.Parameter(name.replace("-", "_"), inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in rewards]
+    handler.__signature__ = inspect.Signature([*fixed, *named])
+    return handler
 
 
-def show(image: Any) -> Image.Image | None:
-    """A "3 h w" tensor in [0, 1] as a picture large enough to look at."""
-    if image is None:
-        return None
-    pixels = (image.float().permute(1, 2, 0) * 255).round().clamp(0, 255).byte().cpu().numpy()
-    return enlarge(Image.fromarray(pixels), VIEW)
+def methods_hint() -> str:
+    """What each search does, from the table of methods."""
+    return "\n".join(f"{row.name}: {row.summary}." for row in METHODS if row.kind == NOISE)
+
+
+def check(prompt: str, budget: float, seed: float, weights: Sequence[float]) -> tuple[int, int]:
+    """Budget and seed as integers. The page's own limits do not bind its API, so everything is looked at. Raises ValueError."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("Write a prompt first.")
+    if len(prompt) > LONGEST_PROMPT:
+        raise ValueError(f"The prompt must have at most {LONGEST_PROMPT} characters; got {len(prompt)}.")
+    if not _whole(budget, 1) or budget > MOST_BUDGET:
+        raise ValueError(f"The budget must be a whole number from 1 to {MOST_BUDGET}; got {budget!r}.")
+    if not _whole(seed, 0):
+        raise ValueError(f"The seed must be a whole number of at least 0; got {seed!r}.")
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"Weights must be finite numbers; got {', '.join(map(repr, weights))}.")
+    if not any(weights):
+        raise ValueError("Give at least one reward a weight other than 0.")
+    return int(budget), int(seed)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value == int(value) and value >= least
+
+
+def show(seen: Seen, status: str) -> Page:
+    return pictures.picture(seen.first, "Before"), pictures.picture(seen.best, "After"), scores_table(seen.scores), status
 
 
 def scores_table(seen: Sequence[Mapping[str, float]]) -> pd.DataFrame | None:
@@ -219,13 +175,13 @@ def scores_table(seen: Sequence[Mapping[str, float]]) -> pd.DataFrame | None:
     return pd.DataFrame(rows)
 
 
-def sentence(word: str, seen: Sequence[Mapping[str, float]], evaluations: int, began: float) -> str:
+def sentence(seen: Seen, budget: int) -> str:
     """Where the search stands, in Markdown."""
-    if not seen:
-        return f"**{word}**"
-    totals = [scores["total"] for scores in seen]
-    seconds = time.perf_counter() - began
-    return f"**{word}** · evaluation {len(seen)} of {evaluations} · reward {totals[0]:.4g} → **{max(totals):.4g}** · {seconds:.1f} s"
+    if not seen.scores:
+        return f"**{seen.state}**"
+    totals = [scores["total"] for scores in seen.scores]
+    gain = f"reward {totals[0]:.4g} → **{max(totals):.4g}**"
+    return f"**{seen.state}** · evaluation {len(totals)} of {budget} · {gain} · {seen.seconds:.1f} s"
 
 
 def main(host: str = "127.0.0.1", port: int | None = None) -> None:

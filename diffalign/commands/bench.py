@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import compare, config, judging, lora, options, panels
+from diffalign.commands import compare, config, evaluation, judging, lora, options, panels
 from diffalign.commands.generate import Interrupted
 from diffalign.commands.kinds import KINDS
 from diffalign.files import read_json, require_writable
@@ -37,6 +37,8 @@ def add_parser(subparsers: Any) -> None:
         "bench",
         help="measure methods on a benchmark",
         description="Generates a benchmark's images with each method from the same noises, judges them, and prints one table. Resumable.",
+        epilog=options.methods_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     what = f"{', '.join(KINDS)}; or compare, which takes the folders of two or more judged methods"
@@ -154,7 +156,7 @@ def run_settings(args: argparse.Namespace, method: str, mix: Mapping[str, float]
         # Of images that no search made the rewards are notes; where rewards judge, they are not even that.
         "reward": {} if unoptimised else dict(mix),
         "watch": [] if unoptimised else list(args.watch or ()),
-        "iterations": None if method == "none" else args.iterations,
+        "budget": None if method == "none" else args.budget,
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "dtype": args.dtype,
@@ -166,20 +168,21 @@ def generate(args: argparse.Namespace, missing: Mapping[str, Sequence[Any]], mix
     """Makes the missing items of each method, "none" first: the others record how far their start is from its image."""
     from diffalign.benchmarks.base import generate_missing
     from diffalign.files import write_json
+    from diffalign.methods import build_method
 
-    pipeline, reward = options.load_parts(args, mix)
+    pipeline, reward = evaluation.load_parts(args, mix)
     if args.lora:
         lora.load(pipeline, args.lora)
-    write_json(args.out / "machine.json", {"device": options.device_name(pipeline), "versions": options.versions()})
+    write_json(args.out / "machine.json", evaluation.machine(pipeline.device))
     if reward:
         write_json(args.out / "reward.json", reward.settings())
     for name, items in missing.items():
         if not items:
             continue
-        method = options.build_method(name, reward, args.iterations)
-        evaluations = args.iterations if method else 1
-        with tqdm(total=len(items) * evaluations, unit="evaluation", desc=name, disable=None) as bar, one_warning_of_cut_text():
-            make = maker(pipeline, reward, name, method, args, evaluations, bar)
+        method = None if name == "none" else build_method(name, reward, args.budget)
+        budget = args.budget if method else 1
+        with tqdm(total=len(items) * budget, unit="evaluation", desc=name, disable=None) as bar, one_warning_of_cut_text():
+            make = maker(pipeline, reward, name, method, args, budget, bar)
             generate_missing(items, args.out / name, make, options.batch_size(args, SHAPES_BATCH))
 
 
@@ -202,7 +205,7 @@ def one_warning_of_cut_text() -> Iterator[None]:
 
 
 def maker(
-    pipeline: Any, reward: Any, name: str, method: Any, args: argparse.Namespace, evaluations: int, bar: tqdm
+    pipeline: Any, reward: Any, name: str, method: Any, args: argparse.Namespace, budget: int, bar: tqdm
 ) -> Callable[[Sequence[Any]], list[Any]]:
     """The function from a batch of items to their images and traces."""
     import numpy as np
@@ -212,18 +215,18 @@ def maker(
     from diffalign.commands.cost import Meter
 
     def make(batch: Sequence[Any]) -> list[Generated]:
-        finished = bar.n + len(batch) * evaluations
+        finished = bar.n + len(batch) * budget
         with Meter(pipeline) as meter:
             output = pipeline(
                 [item.prompt for item in batch],
                 seed=[item.seed for item in batch],
                 plugins=[method] if method else (),
-                progress=lambda evaluation: bar.update(len(evaluation.rows)),
+                progress=lambda event: bar.update(len(event.rows)),
                 **options.stock_arguments(args),
             )
         if method is None:
             prompts = [item.prompt for item in batch]
-            scores = options.score(reward, output.images, prompts, pipeline.device) if reward else [{} for _ in batch]
+            scores = evaluation.score(reward, output.images, prompts, pipeline.device) if reward else [{} for _ in batch]
             traces = [{"method": "none", "best": 0, "rewards": rewards} for rewards in scores]
             costs = meter.costs(len(batch))
         else:
@@ -235,7 +238,7 @@ def maker(
                 trace["start_difference"] = int(np.abs(start - without).max())
         bar.update(finished - bar.n)  # samples that stopped early count as done
         return [
-            Generated(image, options.finite_or_none({**cost, "cut_text": cut, **trace}))
+            Generated(image, evaluation.finite_or_none({**cost, "cut_text": cut, **trace}))
             for image, cost, cut, trace in zip(output.images, costs, output.truncated, traces, strict=True)
         ]
 
@@ -256,7 +259,7 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
         judging.write_official(kind, benchmark, folder, judged[name].rows)
         judging.write_units(args, benchmark, folder, judged[name].rows, left_out)
     machine = read_json(args.out / "machine.json")
-    config = {**run_settings(args, methods[-1], mix), "method": list(methods), "iterations": args.iterations}
+    config = {**run_settings(args, methods[-1], mix), "method": list(methods), "budget": args.budget}
     summary = {
         "benchmark": benchmark.name,
         "config": {**config, "samples": args.samples, "limit": args.limit},
@@ -276,7 +279,7 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
         **judging.partial(left_out),
         **judging.quoted(benchmark),
         **({"cut prompts": f"of {cut} of {len(judged['none'].traces)} images the model did not read the end of the prompt"} if cut else {}),
-        "pipeline": f"{args.pipeline}, {split}seed {args.seed}, {args.iterations} evaluations per image",
+        "pipeline": f"{args.pipeline}, {split}seed {args.seed}, budget of {args.budget} evaluations per image",
         "device": summary["device"],
         "date": summary["date"],
         "command": f"`{summary['command']}`",

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import options
+from diffalign.commands import evaluation, options
 from diffalign.commands.generate import read_prompts
 from diffalign.files import require_writable
 
@@ -95,13 +95,13 @@ def measure(args: argparse.Namespace, prompts: list[str]) -> tuple[list[str], di
     from diffalign.benchmarks.base import item_seed
 
     args.watch, args.reward_rule, args.reward_gradient, args.calibration = None, "weighted", None, None
-    pipeline, reward = options.load_parts(args, dict.fromkeys(args.reward, 1.0))
+    pipeline, reward = evaluation.load_parts(args, dict.fromkeys(args.reward, 1.0))
     jobs = [(prompt, item_seed(args.seed, i, k)) for i, prompt in enumerate(prompts) for k in range(args.samples)]
     size, texts, scores = options.batch_size(args, SHAPES_BATCH), [], {name: [] for name in args.reward}
     for at in tqdm(range(0, len(jobs), size), unit="batch", disable=None):
         batch, seeds = zip(*jobs[at : at + size], strict=True)
         output = pipeline(list(batch), seed=list(seeds), **options.stock_arguments(args))
-        for trace in options.score(reward, output.images, batch, pipeline.device):
+        for trace in evaluation.score(reward, output.images, batch, pipeline.device):
             for name in args.reward:
                 scores[name] += trace[name]
         texts += batch

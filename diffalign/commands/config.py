@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ALIASES = {"--evaluations": "--iterations"}
-
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="options from a file; the command line overrides them")
@@ -25,7 +23,6 @@ def expand(argv: Sequence[str]) -> list[str]:
     """
     argv = list(argv)
     given = {argument.split("=", 1)[0] for argument in argv if argument.startswith("--")}
-    given |= {ALIASES[option] for option in given if option in ALIASES}
     if "--config" not in given:
         return argv
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -36,7 +33,7 @@ def expand(argv: Sequence[str]) -> list[str]:
         option = "--" + str(name).replace("_", "-")
         if option == "--config":
             raise ValueError(f"{file}: a config cannot name another config")
-        if ALIASES.get(option, option) not in given:
+        if option not in given:
             extra += arguments(option, value, file)
     return [*argv, *extra]
 

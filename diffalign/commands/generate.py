@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from diffalign.commands import guidance, options, panels
+from diffalign.commands import evaluation, guidance, options, panels
 from diffalign.files import differing_settings, read_json, require_writable, whole_folder, write_json
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def add_parser(subparsers: Any) -> None:
         "generate",
         help="make images, before and after a search for better noise",
         description="Makes an image of each prompt, and a better one by searching over the initial noise for what the rewards like.",
+        epilog=options.methods_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; quote each prompt")
@@ -150,7 +152,7 @@ def plan(prompts: Sequence[str], args: argparse.Namespace, mix: dict[str, float]
         "seed": args.seed,
         "reward": mix,
         "watch": list(args.watch or ()),
-        "iterations": args.iterations if searching else None,
+        "budget": args.budget if searching else None,
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "guidance": guidance.settings(args),
@@ -177,19 +179,21 @@ def must_make(job: Job, overwrite: bool) -> bool:
 
 def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -> None:
     """Generates the jobs in batches and saves each batch before the next."""
-    pipeline, reward = options.load_parts(args, mix)
-    method = options.build_method(args.method, reward, args.iterations)
+    from diffalign.methods import build_method
+
+    pipeline, reward = evaluation.load_parts(args, mix)
+    method = None if args.method == "none" else build_method(args.method, reward, args.budget)
     steps = guidance.build(args)
     size = options.batch_size(args, SHAPES_BATCH)
-    facts = {"versions": options.versions(), "device": options.device_name(pipeline)}
-    with tqdm(total=len(jobs) * (args.iterations if method else 1), unit="evaluation", disable=None) as bar:
+    facts = evaluation.machine(pipeline.device)
+    with tqdm(total=len(jobs) * (args.budget if method else 1), unit="evaluation", disable=None) as bar:
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
             began = time.perf_counter()
 
-            def progress(evaluation: Evaluation) -> None:
-                bar.update(len(evaluation.rows))
-                bar.set_postfix({name: f"{sum(values) / len(values):.4g}" for name, values in evaluation.scores.items()}, refresh=False)
+            def progress(event: Evaluation) -> None:
+                bar.update(len(event.rows))
+                bar.set_postfix({name: f"{sum(values) / len(values):.4g}" for name, values in event.scores.items()}, refresh=False)
 
             output = pipeline(
                 [job.prompt for job in batch],
@@ -198,7 +202,9 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
                 progress=progress,
                 **options.stock_arguments(args),
             )
-            scores = None if method or not reward else options.score(reward, output.images, [job.prompt for job in batch], pipeline.device)
+            scores = None
+            if reward and not method:
+                scores = evaluation.score(reward, output.images, [job.prompt for job in batch], pipeline.device)
             seconds = (time.perf_counter() - began) / len(batch)
             for i, job in enumerate(batch):
                 trace = output.trace.sample(i) if method else {"method": "none", "best": 0, "rewards": scores[i] if scores else {}}
@@ -214,7 +220,7 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
                     **trace,
                     **({"reward_mix": reward.settings()} if options.rule_settings(args) else {}),
                 }
-                record = options.finite_or_none(record)
+                record = evaluation.finite_or_none(record)
                 record |= panels.of_sample(args, mix, record)
                 save(job, record, output, i)
                 tqdm.write(summary_line(job, record))

@@ -11,17 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.commands import options
+from diffalign.methods.table import STEP, find_method, names
 
-# name -> (module, class); "full" is the pipeline's own guidance
-METHODS: Mapping[str, tuple[str, str] | None] = {
-    "full": None,
-    "adaptive": ("diffalign.methods.adaptive_guidance", "AdaptiveGuidance"),
-    "linear": ("diffalign.methods.linear_guidance", "LinearGuidance"),
-    "searched": ("diffalign.methods.guidance_search", "SearchedGuidance"),
-    "interval": ("diffalign.methods.guidance_rivals", "IntervalGuidance"),
-    "fixed": ("diffalign.methods.guidance_rivals", "FixedFraction"),
-    "reuse": ("diffalign.methods.guidance_rivals", "DeltaReuse"),
-}
+METHODS = ("full", *names(STEP))  # full: the pipeline's own guidance
 FROM_FILE = {"linear": "linear_guidance.json", "searched": "searched_guidance.json"}  # what makes a folder one of these
 MAKERS = {"linear": "linear-ag", "searched": "guidance-search"}
 
@@ -87,12 +79,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any] | None:
 def build(args: argparse.Namespace) -> Any:
     """The guidance method, or None for full guidance."""
     settings(args)
-    place = METHODS[args.guidance]
-    if place is None:
+    if args.guidance == "full":
         return None
-    from importlib import import_module
-
-    cls = getattr(import_module(place[0]), place[1])
+    cls = find_method(args.guidance, STEP).load()
     if args.guidance == "linear":
         from diffalign.methods.linear_guidance import LinearCoefficients
 

@@ -1,32 +1,27 @@
-"""Options that several subcommands share: what they accept, their defaults, and the parts they stand for."""
+"""Options that several subcommands share: what they accept, their defaults, and what they mean together."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import math
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-DEFAULT_PIPELINE = "shapes-turbo"
-# For the shapes pipelines; the others must be told, since these rewards know shapes alone. shapes-clip counts in hundredths of a cosine.
-DEFAULT_REWARD = {"shapes-clip": 0.2, "shapes-preference": 1.0}
-METHODS = ("none", "best-of-n", "reno", "reno-paper")
+from diffalign.commands.evaluation import DEFAULT_PIPELINE, DEFAULT_REWARD
+from diffalign.methods.table import METHODS as METHODS_TABLE
+from diffalign.methods.table import NOISE, find_method, names, suggestion
+
+METHODS = ("none", *names(NOISE))  # none: no search
 DTYPES = ("float32", "float16", "bfloat16")
 SEED_LIMIT = 2**63  # what torch.Generator takes
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The sentence for a name that is not in a table, with the nearest one that is."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+    return f"unknown {kind} {name!r}; {suggestion(name, list(known))}"
 
 
 def pipeline_name(text: str) -> str:
@@ -124,6 +119,23 @@ def _whole(text: str, least: int, most: int | None) -> int:
     return value
 
 
+class Formerly(argparse.Action):
+    """An option that has another name now: an error that says so."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, new: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, help=help)
+        self.new = new
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.error(f"{option_string} is {self.new} now: write {self.new} {values}")
+
+
+def methods_help() -> str:
+    """A line for each search over noise, to stand under a command's options."""
+    lines = [f"  {row.name:<12} {row.summary}" for row in METHODS_TABLE if row.kind == NOISE]
+    return "\n".join(["methods:", f"  {'none':<12} no search: the image that the seed gives", *lines])
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--pipeline, --reward, --watch and what concerns the machine."""
     pipeline_help = "a preset, a local folder, or a hub id (default: %(default)s)"
@@ -140,15 +152,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     watch_help = "rewards to report without optimising them"
     parser.add_argument("--watch", type=reward_name, nargs="+", action="extend", metavar="NAME", help=watch_help)
     add_rule_options(parser)
-    parser.add_argument(
-        "--iterations",
-        "--evaluations",
-        dest="iterations",
-        type=count,
-        default=50,
-        metavar="N",
-        help="evaluations of the reward per image, the same budget for every method (default: %(default)s)",
-    )
+    budget_help = "evaluations of the generator for each image, the same for every method (default: %(default)s)"
+    parser.add_argument("--budget", type=count, default=50, metavar="N", help=budget_help)
+    for old in ("--iterations", "--evaluations"):
+        parser.add_argument(old, action=Formerly, new="--budget", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=count, metavar="N", help="denoising steps (default: the pipeline's own)")
     parser.add_argument("--guidance-scale", type=scale, metavar="X", help="classifier-free guidance (default: the pipeline's own)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
@@ -214,7 +221,7 @@ def require_gradient(methods: Iterable[str], mix: Mapping[str, float]) -> None:
     from diffalign.hub import reward_specs
 
     flat = [name for name in mix if not reward_specs()[name].differentiable]
-    climbing = [name for name in methods if name.startswith("reno")]
+    climbing = [name for name in methods if name != "none" and find_method(name, NOISE).needs_gradient]
     if flat and climbing:
         raise ValueError(f"reward {flat[0]!r} has no gradient, which {climbing[0]} climbs; --watch it, or use --method best-of-n")
 
@@ -224,89 +231,7 @@ def batch_size(args: argparse.Namespace, shapes_default: int) -> int:
     return args.batch_size or (shapes_default if is_shapes(args.pipeline) else 1)
 
 
-def load_parts(args: argparse.Namespace, mix: Mapping[str, float]) -> tuple[Any, Any]:
-    """The pipeline, silent, and the reward on its device (None for an empty mix). This is where the heavy imports happen."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    from diffalign.hub import load_pipeline, load_reward
-
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()  # loading is over in a second or two; downloads keep their bars
-    pipeline = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
-    pipeline.set_progress_bar_config(disable=True)  # our own bar counts evaluations; one more per denoising step would bury it
-    if not mix:
-        return pipeline, None
-    rules = {"rule": args.reward_rule, "gradient": args.reward_gradient, "calibration": args.calibration}
-    return pipeline, load_reward(dict(mix), watch=tuple(args.watch or ()), **rules, device=str(pipeline.device))
-
-
-def build_method(name: str, reward: Any, evaluations: int) -> Any:
-    """The method at a budget of `evaluations`, or None for "none". "reno-paper" is ReNO with the settings of its paper.
-
-    "reno" spends half of its budget on drawing starts: on the shapes world climbing alone raises the reward more than what the judge sees
-    (scripts/reno_settings.py measures both).
-    """
-    if name == "none":
-        return None
-    from diffalign.methods import find_method
-
-    try:
-        if name == "reno-paper":
-            return replace(find_method("reno").paper(reward), iterations=evaluations)
-        if name == "reno":
-            return find_method(name)(reward, iterations=evaluations, starts=max(evaluations // 2, 1))
-        return find_method(name)(reward, evaluations=evaluations)
-    except TypeError as error:  # the reward has no gradient: the user's choice, not a mistake of ours
-        raise ValueError(str(error)) from error
-
-
-def score(reward: Any, images: Sequence[Any], prompts: Sequence[str], device: Any) -> list[dict[str, list[float]]]:
-    """Every reward of each finished image (PIL), in a trace's form: one evaluation each."""
-    import numpy as np
-    import torch
-
-    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).to(device)
-    with torch.no_grad():
-        reward.prepare(prompts)
-        scores = reward(pixels.permute(0, 3, 1, 2).float() / 255, prompts)
-    columns = {name: values.tolist() for name, values in {"total": scores.total, **scores.parts, **scores.watched}.items()}
-    return [{name: [values[i]] for name, values in columns.items()} for i in range(len(images))]
-
-
 def stock_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The diffusers arguments that were given; what is absent is left to the preset."""
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    from diffalign import __version__
-
-    found = {"diffalign": __version__, "python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "open_clip_torch"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def device_name(pipeline: Any) -> str:
-    """The device in words that mean something on another machine."""
-    import torch
-
-    device = torch.device(pipeline.device)
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
-def finite_or_none(data: Any) -> Any:
-    """The same data with numbers that JSON cannot hold (nan, inf) replaced by None."""
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, Mapping):
-        return {key: finite_or_none(value) for key, value in data.items()}
-    return [finite_or_none(value) for value in data] if isinstance(data, list | tuple) else data

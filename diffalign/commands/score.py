@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from diffalign.commands import config, options
+from diffalign.commands import config, evaluation, options
 from diffalign.commands.generate import Interrupted
 from diffalign.commands.image_files import ImageFile, first_names, list_images
 from diffalign.commands.image_prompts import Prompt, find_prompts, require_text
@@ -243,7 +243,7 @@ def one_reward(args: argparse.Namespace, out: Path, work: Any, places: Any, bar:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device} cannot be used here ({str(error).partition(chr(10))[0]})") from error
     mix = load_reward(work.reward, sources={work.reward: places} if places else {}, device=device, dtype=args.dtype)
-    write_json(out / "machine.json", {"device": options.device_name(argparse.Namespace(device=device)), "versions": options.versions()})
+    write_json(out / "machine.json", evaluation.machine(device))
 
     def scores(images: Any, prompts: Sequence[str]) -> Any:
         return mix(images, prompts).parts[work.reward]

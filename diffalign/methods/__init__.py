@@ -1,38 +1,35 @@
-"""The methods, one file per paper. `METHODS` is the literal table of those that search over noise; nothing heavy is imported before use."""
+"""The methods, one file per paper. table.py lists them; nothing heavy is imported before one of them is used."""
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-METHODS = {
-    "reno": ("diffalign.methods.reno", "ReNO"),
-    "best-of-n": ("diffalign.methods.search", "BestOfN"),
-}
-"""Name on the command line -> (module, class). A class is built from a reward and its settings, and meets `types.NoiseMethod`."""
+from diffalign.methods.checks import no_gradient
+from diffalign.methods.table import METHODS, NOISE, Method, find_method, names
 
-_PUBLIC = {
-    "ReNO": "diffalign.methods.reno",
-    "ReNOSettings": "diffalign.methods.reno",
-    "BestOfN": "diffalign.methods.search",
-    "BestOfNSettings": "diffalign.methods.search",
-}
+if TYPE_CHECKING:
+    from diffalign.types import NoiseMethod, Reward
 
-__all__ = ["METHODS", "BestOfN", "BestOfNSettings", "ReNO", "ReNOSettings", "find_method"]
+_CLASSES = {row.class_name: row.module for row in METHODS}
+
+__all__ = ["METHODS", "Method", "build_method", "find_method", "names", *_CLASSES]
 
 
-def find_method(name: str) -> type:
-    """The class of a noise method. Raises ValueError for an unknown name, naming the nearest."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(METHODS)}."
-        raise ValueError(f"method {name!r} is unknown; {hint}")
-    module, attribute = METHODS[name]
-    return getattr(import_module(module), attribute)
+def build_method(name: str, reward: Reward, budget: int) -> NoiseMethod:
+    """The search over noise of that name, at a budget of `budget` images of each sample.
+
+    Raises ValueError where there is no such search, or it needs a gradient that the reward does not have.
+    """
+    row = find_method(name, NOISE)
+    if row.needs_gradient and not reward.differentiable:
+        raise ValueError(f"{no_gradient(reward)}, which {name} climbs; watch it instead, or use best-of-n")
+    cls = row.load()
+    make = getattr(cls, row.from_budget) if row.from_budget else cls
+    return make(reward, budget=budget)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+    if name in _CLASSES:
+        return getattr(import_module(_CLASSES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

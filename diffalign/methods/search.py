@@ -1,26 +1,27 @@
 """Best-of-N: draw N noises for each prompt, make every image, keep the one that the reward likes best.
 
-Source: Karthik et al. 2023 (ImageSelect, arXiv 2305.13308); as "random search" in Ma et al. 2025 (arXiv 2501.09732). It needs no gradient,
-hence any reward, and is the baseline at equal evaluations that every method here is measured against.
+Source: Karthik et al. 2023 (ImageSelect, arXiv 2305.13308); as "random search" in Ma et al. 2025 (arXiv 2501.09732). It
+needs no gradient, hence any reward, and is the baseline at equal budget that every method here is measured against.
 
     eps* = argmax_{k < N} R(G(eps_k, p), p),   eps_0 = the given noise,  eps_k ~ N(0, I)
 
-N -> `evaluations`, R -> `reward`, G -> `problem.generate`, p -> `problem.prompts`, eps -> `problem.noise`.
+N -> `budget`, R -> `reward`, G -> `problem.generate`, p -> `problem.prompts`, eps -> `problem.noise`.
 
-Difference from ImageSelect's code: candidate k of sample i comes from a generator of its own, seeded with (seeds[i], k), so the result
-depends neither on the batch nor on the order of prompts; and candidate 0 is the given noise, so N = 1 is doing nothing.
+Difference from ImageSelect's code: candidate k of sample i comes from a generator of its own, seeded with (seeds[i], k),
+so the result depends neither on the batch nor on the order of prompts; and candidate 0 is the given noise, so N = 1 is
+doing nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 import torch
 
-from diffalign.methods.checks import check_integer
+from diffalign.methods.checks import check_integer, formerly
 from diffalign.methods.tracking import Tracker
 from diffalign.noise import seeded_noise
 from diffalign.types import NoiseProblem, NoiseResult, Reward
@@ -28,27 +29,25 @@ from diffalign.types import NoiseProblem, NoiseResult, Reward
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BestOfNSettings:
-    """evaluations: N >= 1, candidates of each sample, the given noise included (ImageSelect's demo: 10; equal to ReNO's budget: 50).
-    batch_size: images made at once, >= 1; None makes one candidate of every sample at once. It changes memory and speed only.
-    """
-
-    evaluations: int = 50
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        check_integer("evaluations", self.evaluations, 1)
-        if self.batch_size is not None:
-            check_integer("batch_size", self.batch_size, 1)
-
-
+@formerly(evaluations="budget", iterations="budget")
 @dataclass(frozen=True, eq=False)
-class BestOfN(BestOfNSettings):
-    """BestOfN(reward, evaluations=50, batch_size=None). The reward may be non-differentiable."""
+class BestOfN:
+    """BestOfN(reward, budget=50)."""
 
     name: ClassVar[str] = "best-of-n"
+
     reward: Reward
+    """Chooses. It needs no gradient."""
+    _: KW_ONLY
+    budget: int = 50
+    """N >= 1, candidates of each sample, the given noise included. ImageSelect's demo: 10; ReNO's budget: 50."""
+    batch_size: int | None = None
+    """Images made at once, >= 1; None makes one candidate of every sample at once. Memory and speed only."""
+
+    def __post_init__(self) -> None:
+        check_integer("budget", self.budget, 1)
+        if self.batch_size is not None:
+            check_integer("batch_size", self.batch_size, 1)
 
     @torch.no_grad()
     def search(self, problem: NoiseProblem) -> NoiseResult:
@@ -57,7 +56,7 @@ class BestOfN(BestOfNSettings):
         self.reward.prepare(problem.prompts)
         given = problem.noise.detach().float()
         b = len(given)
-        pairs = [(k, i) for k in range(self.evaluations) for i in range(b)]
+        pairs = [(k, i) for k in range(self.budget) for i in range(b)]
         size = self.batch_size or b
         for at in range(0, len(pairs), size):
             chunk = pairs[at : at + size]
@@ -71,4 +70,4 @@ class BestOfN(BestOfNSettings):
             for (k, i), total in zip(chunk, totals, strict=True):
                 if not math.isfinite(total):
                     logger.warning("%s: %s has reward %s at candidate %d, which is left out.", self.name, tracker.describe(i), total, k)
-        return tracker.result(self.name, {f.name: getattr(self, f.name) for f in fields(BestOfNSettings)})
+        return tracker.result(self)

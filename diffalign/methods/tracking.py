@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.types import Evaluation, NoiseProblem, NoiseResult, RewardScores, Trace
+from diffalign.types import Evaluation, NoiseMethod, NoiseProblem, NoiseResult, RewardScores, Trace
 
 
 class Tracker:
@@ -104,9 +105,13 @@ class Tracker:
         prompt = self.problem.prompts[row]
         return f"sample {row} (prompt {prompt[:77] + '...' if len(prompt) > 80 else prompt!r}, seed {self.problem.seeds[row]})"
 
-    def result(self, method: str, settings: dict[str, Any]) -> NoiseResult:
-        """The best of every sample; to be asked for after the first `record`."""
-        trace = Trace(method=method, rewards=self.rewards, best=self.best, diagnostics=self.diagnostics, settings=settings)
+    def result(self, search: NoiseMethod, **resolved: Any) -> NoiseResult:
+        """The best of every sample; to be asked for after the first `record`.
+
+        The trace tells every setting of `search`, a dataclass; `resolved` are those that it has worked out itself.
+        """
+        settings = {f.name: getattr(search, f.name) for f in fields(search) if f.name != "reward"} | resolved
+        trace = Trace(search.name, self.rewards, self.best, self.diagnostics, settings)
         return NoiseResult(images=self.images, noise=self.noise, initial_images=self.initial_images, trace=trace)
 
 

@@ -56,7 +56,7 @@ def rows(folder):
 
 
 def test_geneval_from_command_to_table(capsys, tiny_folder, tmp_path, models):
-    search = ["--method", "none", "best-of-n", "--reward", "brightness=1", "--iterations", "2"]
+    search = ["--method", "none", "best-of-n", "--reward", "brightness=1", "--budget", "2"]
     code, out, _ = bench(capsys, "geneval", tiny_folder, tmp_path / "run", *geneval(models), *search)
     assert code == 0
     assert "Judge accuracy, with 95 % intervals" in out

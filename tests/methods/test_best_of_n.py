@@ -12,7 +12,7 @@ from diffalign.types import RewardScores
 
 def test_it_keeps_the_best_of_the_candidates_and_never_a_worse_one_than_the_given(curved):
     problem, reward = curved.problem([3, 1, 4]), curved.reward()
-    result = BestOfN(reward, evaluations=9).search(problem)
+    result = BestOfN(reward, budget=9).search(problem)
     for i in range(3):
         candidates = torch.cat([problem.noise[i : i + 1]] + [seeded_noise((2, 3, 3), [problem.seeds[i]], k) for k in range(1, 9)])
         totals = reward(curved.generate(candidates, [i] * 9), [problem.prompts[i]] * 9).total
@@ -24,7 +24,7 @@ def test_it_keeps_the_best_of_the_candidates_and_never_a_worse_one_than_the_give
 
 
 def test_more_candidates_only_add_to_fewer(curved):
-    few, many = (BestOfN(curved.reward(), evaluations=n).search(curved.problem([3, 1])).trace.rewards["total"] for n in (4, 9))
+    few, many = (BestOfN(curved.reward(), budget=n).search(curved.problem([3, 1])).trace.rewards["total"] for n in (4, 9))
     assert [series[:4] for series in many] == few
 
 
@@ -37,8 +37,8 @@ def test_the_batch_size_changes_nothing_and_is_kept(batch_size, curved):
         sizes.append(len(rows))
         return curved.generate(noise, rows)
 
-    result = BestOfN(curved.reward(), evaluations=6, batch_size=batch_size).search(curved.problem([3, 1, 4], generate=generate))
-    whole = BestOfN(curved.reward(), evaluations=6).search(curved.problem([3, 1, 4]))
+    result = BestOfN(curved.reward(), budget=6, batch_size=batch_size).search(curved.problem([3, 1, 4], generate=generate))
+    whole = BestOfN(curved.reward(), budget=6).search(curved.problem([3, 1, 4]))
     assert max(sizes) == min(batch_size, 18)
     assert sum(sizes) == 18
     torch.testing.assert_close(result.noise, whole.noise)
@@ -56,12 +56,12 @@ def test_a_reward_without_gradient_is_welcome_and_none_is_computed(plane):
             assert not torch.is_grad_enabled()
             return RewardScores(images[:, 0, 0, 0].round(), {})
 
-    result = BestOfN(Steps(), evaluations=20).search(plane.problem([[0.0, 0.0]], ["a"]))
+    result = BestOfN(Steps(), budget=20).search(plane.problem([[0.0, 0.0]], ["a"]))
     assert result.trace.rewards["total"][0][result.trace.best[0]] >= 1
 
 
 def test_ties_go_to_the_earliest(plane):
-    result = BestOfN(plane.reward(scale=0.0), evaluations=5).search(plane.problem([[3.0, 4.0]], ["0 0"]))
+    result = BestOfN(plane.reward(scale=0.0), budget=5).search(plane.problem([[3.0, 4.0]], ["0 0"]))
     assert result.trace.best == [0]
 
 

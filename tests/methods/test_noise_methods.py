@@ -9,20 +9,20 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from diffalign import methods
-from diffalign.methods import METHODS, BestOfN, BestOfNSettings, ReNO, ReNOSettings, find_method
+from diffalign.methods import BestOfN, ReNO
 from diffalign.types import Evaluation, RewardScores
 
 SEARCHES = {
-    "reno": lambda reward: ReNO(reward, iterations=12, lr=0.05, patience=3, plateau=0.3),
-    "reno-target": lambda reward: ReNO(reward, iterations=12, lr=0.05, target=1.77),
-    "reno-starts": lambda reward: ReNO(reward, iterations=12, lr=0.05, starts=4, patience=2, plateau=0.5),
-    "reno-chunks": lambda reward: ReNO(reward, iterations=8, lr=0.05, batch_size=2),
-    "reno-paper": lambda reward: replace(ReNO.paper(reward, lr=1.0), iterations=12),
-    "best-of-n": lambda reward: BestOfN(reward, evaluations=7),
-    "best-of-n-chunks": lambda reward: BestOfN(reward, evaluations=7, batch_size=3),
+    "reno": lambda reward: ReNO(reward, budget=12, lr=0.05),
+    "reno-plateau": lambda reward: ReNO(reward, budget=12, lr=0.05, starts=1, patience=3, plateau=0.3),
+    "reno-target": lambda reward: ReNO(reward, budget=12, lr=0.05, starts=1, target=1.77),
+    "reno-starts": lambda reward: ReNO(reward, budget=12, lr=0.05, starts=4, patience=2, plateau=0.5),
+    "reno-chunks": lambda reward: ReNO(reward, budget=8, lr=0.05, starts=1, batch_size=2),
+    "reno-paper": lambda reward: ReNO.paper(reward, lr=1.0, budget=12),
+    "best-of-n": lambda reward: BestOfN(reward, budget=7),
+    "best-of-n-chunks": lambda reward: BestOfN(reward, budget=7, batch_size=3),
 }
-STOPPING = {"reno", "reno-target", "reno-starts"}
+STOPPING = {"reno-plateau", "reno-target", "reno-starts"}
 
 
 @pytest.fixture(params=SEARCHES)
@@ -88,7 +88,7 @@ def test_the_best_is_the_first_greatest_total_and_its_noise_makes_its_image(name
 
 def test_one_evaluation_is_doing_nothing(curved):
     problem = curved.problem([8, 9])
-    for search in (ReNO(curved.reward(), iterations=1), BestOfN(curved.reward(), evaluations=1)):
+    for search in (ReNO(curved.reward(), budget=1), BestOfN(curved.reward(), budget=1)):
         result = search.search(problem)
         assert torch.equal(result.noise, problem.noise)
         assert torch.equal(result.images, curved.generate(problem.noise, [0, 1]))
@@ -128,9 +128,10 @@ def test_the_trace_is_plain_data_and_holds_the_settings(name, curved):
     search = SEARCHES[name](curved.reward())
     trace = search.search(curved.problem([3, 1])).trace
     assert trace.method == search.name
-    settings = BestOfNSettings if name.startswith("best") else ReNOSettings
-    assert trace.settings.keys() == {f.name for f in fields(settings)}
-    assert settings(**trace.settings) == settings(**{f.name: getattr(search, f.name) for f in fields(settings)})
+    assert trace.settings.keys() == {f.name for f in fields(search)} - {"reward"}
+    again = replace(search, **trace.settings).search(curved.problem([3, 1])).trace
+    assert again == trace
+    assert None not in (trace.settings["budget"], trace.settings.get("starts", 1))
     assert json.loads(json.dumps(trace.sample(1), allow_nan=False))["rewards"]["total"] == trace.rewards["total"][1]
 
 
@@ -156,7 +157,7 @@ class BreaksOn:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("after", [0, 3])
-@pytest.mark.parametrize("kind", ["reno", "reno-paper", "best-of-n"])
+@pytest.mark.parametrize("kind", ["reno-plateau", "reno-paper", "best-of-n"])
 def test_a_sample_without_finite_reward_does_not_touch_its_mates(kind, after, value, curved, caplog):
     problem = curved.problem([3, 1, 4])
     with caplog.at_level(logging.WARNING):
@@ -201,13 +202,13 @@ def test_one_transfer_to_the_host_per_evaluation(name, curved, monkeypatch):
 
 
 BAD = [
-    (ReNO, "iterations", 0), (ReNO, "iterations", -3), (ReNO, "iterations", 2.5), (ReNO, "iterations", True),
+    (ReNO, "budget", 0), (ReNO, "budget", -3), (ReNO, "budget", 2.5), (ReNO, "budget", True),
     (ReNO, "lr", 0.0), (ReNO, "lr", float("nan")), (ReNO, "lr", float("inf")), (ReNO, "lr", "5"),
     (ReNO, "lr_unit", "pixels"), (ReNO, "momentum", 1.0), (ReNO, "momentum", -0.1), (ReNO, "clip", 0.0),
     (ReNO, "regularizer", -1.0), (ReNO, "regularizer", float("inf")), (ReNO, "starts", 0), (ReNO, "starts", 50),
     (ReNO, "patience", 0), (ReNO, "plateau", 1.5), (ReNO, "target", float("nan")), (ReNO, "batch_size", 0),
     (ReNO, "loss_scale", 0.0), (ReNO, "sphere", "yes"), (ReNO, "nesterov", 1), (ReNO, "normalize", None),
-    (BestOfN, "evaluations", 0), (BestOfN, "evaluations", 1.0), (BestOfN, "batch_size", 0),
+    (BestOfN, "budget", 0), (BestOfN, "budget", 1.0), (BestOfN, "batch_size", 0),
 ]  # fmt: skip
 
 
@@ -229,10 +230,10 @@ def test_an_empty_batch_is_refused(name, curved):
         SEARCHES[name](curved.reward()).search(replace(problem, noise=problem.noise[:0], prompts=[], seeds=[]))
 
 
-def test_methods_are_found_by_name():
-    assert {name: find_method(name).name for name in METHODS} == {name: name for name in METHODS}
-    assert all(getattr(methods, name) is not None for name in methods.__all__)
-    with pytest.raises(ValueError, match=r"method 'renoo' is unknown; did you mean 'reno'\?"):
-        find_method("renoo")
-    with pytest.raises(ValueError, match=r"choose one of reno, best-of-n\."):
-        find_method("xyz")
+@pytest.mark.parametrize("method", [ReNO, BestOfN])
+@pytest.mark.parametrize("old", ["iterations", "evaluations"])
+def test_the_old_words_for_the_budget_say_the_new_one(method, old, curved):
+    with pytest.raises(TypeError, match=f"{old}=.*budget=20"):
+        method(curved.reward(), **{old: 20})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'budgets'"):
+        method(curved.reward(), budgets=20)

@@ -8,11 +8,11 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from diffalign.methods import ReNO, ReNOSettings
+from diffalign.methods import BestOfN, ReNO
 from diffalign.noise import norm_log_density, sample_norm
 from diffalign.types import RewardScores
 
-PLAIN = {"lr_unit": "absolute", "sphere": False, "patience": None}
+PLAIN = {"lr_unit": "absolute", "sphere": False, "patience": None, "starts": 1}
 
 
 def path_of(problem):
@@ -35,7 +35,7 @@ def test_two_steps_by_hand(plane):
     Heavy ball instead: eps_1 = 4 + 5 * 0.1 = 4.5,  eps_2 = 4.5 + 5 * 0.19 = 5.45.
     """
     problem, path = path_of(plane.problem([[3.0, 4.0]], ["3 10"]))
-    search = ReNO(plane.reward(), iterations=3, lr=5.0, momentum=0.9, clip=0.1, regularizer=0.0, **PLAIN)
+    search = ReNO(plane.reward(), budget=3, lr=5.0, momentum=0.9, clip=0.1, regularizer=0.0, **PLAIN)
     result = search.search(problem)
     torch.testing.assert_close(torch.cat(path), torch.tensor([[3, 4], [3, 4.95], [3, 6.305]]), atol=1e-5, rtol=0)
     assert result.trace.rewards["total"][0] == pytest.approx([-18, -12.75125, -6.8265125], abs=1e-4)
@@ -54,7 +54,7 @@ def test_a_gradient_below_the_clip_is_left_as_it_is_unless_normalised(plane):
     """Goal 0.05 away: |g| = 0.05 < 0.1, so eps_1 = 4 + 1 * (0.05 + 0.9 * 0.05) = 4.095; normalised: 4 + 0.1 + 0.09 = 4.19."""
     for normalize, expected in ((False, 4.095), (True, 4.19)):
         problem, path = path_of(plane.problem([[3.0, 4.0]], ["3 4.05"]))
-        ReNO(plane.reward(), iterations=2, lr=1.0, regularizer=0.0, normalize=normalize, **PLAIN).search(problem)
+        ReNO(plane.reward(), budget=2, lr=1.0, regularizer=0.0, normalize=normalize, **PLAIN).search(problem)
         assert path[1][0].tolist() == pytest.approx([3, expected], abs=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_the_whole_path_is_that_of_torch_sgd(nesterov, curved):
     """The regulariser is written here as the paper writes it; samples are optimised one at a time, as torch's clipping needs."""
     samples = [3, 1, 4]
     problem, path = path_of(curved.problem(samples))
-    search = replace(ReNO.paper(curved.reward()), lr=0.7, iterations=9, nesterov=nesterov, regularizer=0.05)
+    search = replace(ReNO.paper(curved.reward()), lr=0.7, budget=9, nesterov=nesterov, regularizer=0.05)
     search.search(problem)
     for i in range(len(samples)):
         eps = problem.noise[i : i + 1].clone().requires_grad_()
@@ -100,7 +100,7 @@ def test_the_regulariser_by_hand():
 
 
 def test_the_regulariser_alone_brings_the_norm_to_its_mode(plane):
-    search = ReNO(plane.reward(scale=0.0), iterations=60, lr=1.0, clip=1.0, momentum=0.5, regularizer=0.2, **PLAIN)
+    search = ReNO(plane.reward(scale=0.0), budget=60, lr=1.0, clip=1.0, momentum=0.5, regularizer=0.2, **PLAIN)
     result = search.search(plane.problem([[3.0, 4.0]], ["0 0"]))
     assert result.trace.diagnostics["noise_norm"][0][-1] == pytest.approx(1, abs=1e-3)
     assert result.trace.diagnostics["norm_log_density"][0][-1] == pytest.approx(0, abs=1e-5)
@@ -108,7 +108,7 @@ def test_the_regulariser_alone_brings_the_norm_to_its_mode(plane):
 
 def test_the_best_image_is_chosen_without_the_regulariser_and_may_be_the_first(plane):
     """The start is the goal, where R is greatest; the regulariser pulls inwards, so R + K rises later and must not be what chooses."""
-    search = ReNO(plane.reward(), iterations=8, lr=0.5, regularizer=0.5, **PLAIN)
+    search = ReNO(plane.reward(), budget=8, lr=0.5, regularizer=0.5, **PLAIN)
     result = search.search(plane.problem([[3.0, 4.0]], ["3 4"]))
     total, density = result.trace.rewards["total"][0], result.trace.diagnostics["norm_log_density"][0]
     assert total[0] == 0
@@ -126,8 +126,8 @@ def test_the_paper_preset_is_the_published_setting(curved):
         return curved.generate(noise, rows)
 
     search = ReNO.paper(curved.reward())
-    settings = {f.name: getattr(search, f.name) for f in fields(ReNOSettings)}
-    published = {"iterations": 50, "lr": 5.0, "lr_unit": "absolute", "momentum": 0.9, "nesterov": True, "clip": 0.1, "regularizer": 0.01}
+    settings = {f.name: getattr(search, f.name) for f in fields(ReNO)}
+    published = {"budget": 50, "lr": 5.0, "lr_unit": "absolute", "momentum": 0.9, "nesterov": True, "clip": 0.1, "regularizer": 0.01}
     assert published.items() <= settings.items()
     assert (search.sphere, search.normalize, search.patience, search.target, search.starts) == (False, False, None, None, 1)
     trace = search.search(curved.problem([3], generate=generate)).trace
@@ -138,16 +138,16 @@ def test_the_paper_preset_is_the_published_setting(curved):
 
 def test_the_default_step_is_the_papers_fraction_of_the_radius(curved):
     """lr 5 with clip 0.1 at d = 4*64*64 moves by 1/256 of sqrt(d) = 128; so does lr 10 at d = 4*128*128; the default does it at any d."""
-    assert 5 * 0.1 / 128 == 10 * 0.1 / 256 == ReNOSettings().lr
+    assert 5 * 0.1 / 128 == 10 * 0.1 / 256 == ReNO(curved.reward()).lr
     problem, path = path_of(curved.problem([3]))
-    ReNO(curved.reward(), iterations=2, momentum=0.0, sphere=False, normalize=True).search(problem)
+    ReNO(curved.reward(), budget=2, momentum=0.0, sphere=False, normalize=True).search(problem)
     assert sample_norm(path[1] - path[0]).tolist() == pytest.approx([math.sqrt(18) / 256], rel=1e-4)
 
 
 def test_the_sphere_keeps_every_norm_and_leads_to_the_point_nearest_the_goal(plane):
     """Starts of norm 5 and 1, goals (0, 10) and (-1, 0): the optimum on each circle is the goal's direction, whatever the regulariser."""
     problem, path = path_of(plane.problem([[3.0, 4.0], [0.6, 0.8]], ["0 10", "-1 0"]))
-    search = ReNO(plane.reward(), iterations=60, lr=0.01, momentum=0.8, clip=1.0, patience=None)
+    search = ReNO(plane.reward(), budget=60, starts=1, lr=0.01, momentum=0.8, clip=1.0, patience=None)
     result = search.search(problem)
     for noise in path:
         assert sample_norm(noise).tolist() == pytest.approx([5, 1], rel=1e-5)
@@ -159,22 +159,20 @@ def test_the_sphere_keeps_every_norm_and_leads_to_the_point_nearest_the_goal(pla
 
 
 def test_normalised_steps_do_not_depend_on_the_rewards_scale(curved):
-    noises = [ReNO(curved.reward(scale), iterations=8, normalize=True).search(curved.problem([3, 1])).noise for scale in (1.0, 1000.0)]
+    noises = [ReNO(curved.reward(scale), budget=8, normalize=True).search(curved.problem([3, 1])).noise for scale in (1.0, 1000.0)]
     torch.testing.assert_close(*noises, atol=1e-4, rtol=1e-4)
 
 
 def test_the_loss_scale_cancels_out(curved):
-    one, two = (ReNO(curved.reward(), iterations=8, loss_scale=s).search(curved.problem([3, 1])) for s in (1.0, 1024.0))
+    one, two = (ReNO(curved.reward(), budget=8, loss_scale=s).search(curved.problem([3, 1])) for s in (1.0, 1024.0))
     torch.testing.assert_close(one.noise, two.noise)
     assert one.trace.rewards["total"][0] == pytest.approx(two.trace.rewards["total"][0])
 
 
 def test_a_better_start_is_taken_from_the_candidates_of_best_of_n(curved):
-    from diffalign.methods import BestOfN
-
     problem, path = path_of(curved.problem([3, 1]))
-    result = ReNO(curved.reward(), iterations=9, starts=5, patience=None).search(problem)
-    drawn = BestOfN(curved.reward(), evaluations=5).search(curved.problem([3, 1]))
+    result = ReNO(curved.reward(), budget=9, starts=5, patience=None).search(problem)
+    drawn = BestOfN(curved.reward(), budget=5).search(curved.problem([3, 1]))
     torch.testing.assert_close(path[5], drawn.noise)
     for i in range(2):
         totals = result.trace.rewards["total"][i]
@@ -194,17 +192,49 @@ def test_a_sample_stops_at_its_target_and_leaves_the_batch(plane):
         return plane.generate(noise, rows)
 
     problem = plane.problem([[3.0, 4.0], [1.0, 1.0]], ["3 10", "1 1"], generate=generate)
-    result = ReNO(plane.reward(), iterations=9, lr=5.0, regularizer=0.0, target=-7.0, **PLAIN).search(problem)
+    result = ReNO(plane.reward(), budget=9, lr=5.0, regularizer=0.0, target=-7.0, **PLAIN).search(problem)
     assert sizes == [[0, 1], [0], [0]]
     assert [len(series) for series in result.trace.rewards["total"]] == [3, 1]
 
 
 def test_a_plateau_stops_a_sample(plane):
-    """No gradient: nothing is gained, so `patience` evaluations after the first the sample stops. With a steady climb it does not."""
-    still = ReNO(plane.reward(scale=0.0), iterations=30, patience=4).search(plane.problem([[3.0, 4.0]], ["0 0"]))
+    """No gradient: nothing is gained, so `patience` evaluations after the climb's first the sample stops. A steady climb does not."""
+    still = ReNO(plane.reward(scale=0.0), budget=30, starts=1, patience=4).search(plane.problem([[3.0, 4.0]], ["0 0"]))
     assert len(still.trace.rewards["total"][0]) == 5
-    climb = ReNO(plane.reward(), iterations=30, lr=1e-4, patience=4).search(plane.problem([[3.0, 4.0]], ["5 0"]))
+    drawn = ReNO(plane.reward(scale=0.0), budget=30, starts=7, patience=4).search(plane.problem([[3.0, 4.0]], ["0 0"]))
+    assert len(drawn.trace.rewards["total"][0]) == 7 + 5
+    climb = ReNO(plane.reward(), budget=30, starts=1, lr=1e-4, patience=4).search(plane.problem([[3.0, 4.0]], ["5 0"]))
     assert len(climb.trace.rewards["total"][0]) == 30
+
+
+def test_what_drawing_starts_gained_is_not_the_climbs(plane):
+    """From -1250 a draw near the goal gains more than 1200, beside which a steady climb is nothing; it must go on all the same."""
+    search = ReNO(plane.reward(), budget=25, starts=5, lr=1e-4, sphere=False, regularizer=0.0, patience=4)
+    totals = search.search(plane.problem([[30.0, 40.0]], ["0 0"])).trace.rewards["total"][0]
+    assert max(totals[:5]) - totals[0] > 1200
+    assert 0 < totals[-1] - totals[5] < 0.02 * 1200
+    assert len(totals) == 25
+
+
+@pytest.mark.parametrize(("budget", "starts"), [(1, 1), (2, 1), (3, 1), (4, 2), (12, 6)])
+def test_half_of_the_budget_draws_starts_and_every_evaluation_counts(budget, starts, curved):
+    """The climb's first evaluation makes the best start again, with its gradient: it is one of the budget."""
+    asked = []
+
+    def generate(noise, rows):
+        asked.append((noise.requires_grad, noise.detach().clone()))
+        return curved.generate(noise, rows)
+
+    trace = ReNO(curved.reward(), budget=budget, patience=None).search(curved.problem([3], generate=generate)).trace
+    drawn = starts if starts > 1 else 0
+    assert [gradient for gradient, _ in asked] == [False] * drawn + [True] * (budget - drawn - 1) + [False]
+    assert len(trace.rewards["total"][0]) == budget
+    assert trace.settings["starts"] == starts
+    if drawn:
+        totals = trace.rewards["total"][0]
+        best = totals.index(max(totals[:drawn]))
+        assert torch.equal(asked[drawn][1], asked[best][1])
+        assert totals[drawn] == pytest.approx(totals[best])
 
 
 class Vanishing:
@@ -221,12 +251,12 @@ class Vanishing:
 
 
 def test_a_gradient_that_is_not_finite_stops_its_sample_alone(plane, caplog):
-    result = ReNO(Vanishing(), iterations=5).search(plane.problem([[1.0, 0.0], [1.0, 2.0]], ["a", "b"]))
+    result = ReNO(Vanishing(), budget=5, starts=1).search(plane.problem([[1.0, 0.0], [1.0, 2.0]], ["a", "b"]))
     assert [len(series) for series in result.trace.rewards["total"]] == [1, 5]
     assert "sample 0 (prompt 'a', seed 0) has gradient_norm" in caplog.text
     assert torch.equal(result.noise[0], torch.tensor([1.0, 0.0]))
     assert torch.isfinite(result.noise).all()
-    alone = ReNO(Vanishing(), iterations=5).search(plane.problem([[1.0, 2.0]], ["b"]))
+    alone = ReNO(Vanishing(), budget=5, starts=1).search(plane.problem([[1.0, 2.0]], ["b"]))
     assert torch.equal(alone.noise[0], result.noise[1])
 
 
@@ -252,20 +282,20 @@ def test_a_lost_gradient_is_reported_by_its_place(plane):
 
     problem = plane.problem([[3.0, 4.0]], ["3 10"])
     with pytest.raises(TypeError, match="reward 'near' has no gradient"):
-        ReNO(Detached(), iterations=2).search(problem)
+        ReNO(Detached(), budget=2).search(problem)
     with pytest.raises(RuntimeError, match="generate returned images without a gradient"):
-        ReNO(plane.reward(), iterations=2).search(replace(problem, generate=lambda noise, rows: plane.generate(noise, rows).detach()))
+        ReNO(plane.reward(), budget=2).search(replace(problem, generate=lambda noise, rows: plane.generate(noise, rows).detach()))
 
 
 def test_it_climbs_also_where_the_caller_has_turned_gradients_off(curved):
     problem = curved.problem([3])
     with torch.no_grad():
-        result = ReNO(curved.reward(), iterations=5).search(problem)
+        result = ReNO(curved.reward(), budget=5).search(problem)
     assert result.trace.best == [4]
-    assert torch.equal(result.noise, ReNO(curved.reward(), iterations=5).search(problem).noise)
+    assert torch.equal(result.noise, ReNO(curved.reward(), budget=5).search(problem).noise)
 
 
 def test_the_text_is_prepared_once(plane):
     reward = plane.reward()
-    ReNO(reward, iterations=3).search(plane.problem([[3.0, 4.0], [1.0, 0.0]], ["3 10", "0 1"]))
+    ReNO(reward, budget=3).search(plane.problem([[3.0, 4.0], [1.0, 0.0]], ["3 10", "0 1"]))
     assert reward.prepared == ["3 10", "0 1"]

@@ -46,10 +46,17 @@ def members(breaking: bool = False) -> dict:
     return {"r": (Power(0, 2), 1.0), "g": ((Breaking if breaking else Power)(1, 3, 50.0), 1.0), "rb": (Power(0, 1, -2.0), 1.0)}
 
 
-def calibration(spread: float = 1.0) -> Calibration:
+def calibration(spread: float = 1.0, unit: str = "z") -> Calibration:
     numbers = {"r": (0.3, 0.1), "g": (12.0, 4.0), "rb": (-1.0, 0.2)}
     names = {"r": "power-0-2", "g": "power-1-3", "rb": "power-0-1"}
-    return Calibration({name: MemberCalibration(names[name], mean, spread * std, 500) for name, (mean, std) in numbers.items()})
+    levels = [0.0] if unit != "quantile" else [-2.3, -1.6, -0.7, 0.0, 0.7, 1.6, 2.3]  # a normal distribution's at LEVELS
+    return Calibration(
+        {
+            name: MemberCalibration(names[name], mean, spread * std, 500, quantiles=tuple(mean + std * level for level in levels))
+            for name, (mean, std) in numbers.items()
+        },
+        unit,
+    )
 
 
 @pytest.fixture
@@ -234,7 +241,18 @@ def test_in_native_units_a_broken_member_breaks_the_total(images):
 # ---- settings -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extra", [{}, {"rule": "soft-min=0.2", "clip": 3.0, "required": ["r"]}, {"gradient": "pcgrad"}])
+def test_constrained_by_name_is_the_rule_itself(images):
+    by_name = RewardMix(members(), rule="constrained=g:0.3", calibration=calibration())
+    itself = RewardMix(members(), rule=Constrained({"g": 0.3}), calibration=calibration())
+    assert torch.equal(by_name(images, PROMPTS).total, itself(images, PROMPTS).total)
+    assert by_name.settings() == itself.settings()
+    with pytest.raises(ValueError, match="floors names 'z', which is no member"):
+        RewardMix(members(), rule="constrained=z:0", calibration=calibration())
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"rule": "constrained=g:0.3"}, {"rule": "soft-min=0.2", "clip": 3.0, "required": ["r"]}, {"gradient": "pcgrad"}]
+)
 def test_settings_are_json_and_make_the_mix_again(images, extra):
     mix = RewardMix(members(), {"b": Power(2, 1)}, calibration=calibration(), **extra)
     stored = json.loads(json.dumps(mix.settings()))
@@ -260,6 +278,10 @@ def test_settings_are_json_and_make_the_mix_again(images, extra):
         ({"rule": "worst-case"}, "rule 'worst-case' compares the members with one another, so it needs a calibration"),
         ({"rule": "uncertainty"}, r"diffalign calibrate.*Calibration\.identity"),
         ({"clip": 3.0}, "clip is about calibrated scores"),
+        (
+            {"clip": 3.0, "calibration": calibration(unit="quantile")},
+            "clip is in standard deviations, got 3.0 with unit 'quantile'.*leave clip out",
+        ),
         ({"required": ["r"]}, "required is about calibrated scores"),
         ({"required": ["z"], "calibration": calibration()}, "required names 'z', which is no member"),
         ({"gradient": "equal", "rule": "worst-case", "calibration": calibration()}, "take one of the two"),
