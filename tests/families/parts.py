@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
+from tests.reward_models.tiny_tokenizers import t5_tokenizer
 from tests.tiny import WIDTH, tiny_text_encoder, tiny_tokenizer
 
-__all__ = ["WIDTH", "autoencoder", "finish", "tiny_text_encoder", "tiny_tokenizer", "wake"]
+__all__ = ["WIDTH", "autoencoder", "finish", "tiny_t5_tokenizer", "tiny_text_encoder", "tiny_tokenizer", "wake"]
 
 
 def wake(module: nn.Module) -> nn.Module:
@@ -30,6 +32,13 @@ def autoencoder(channels: int = 4, **more: Any) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         **settings,
+    )
+
+
+def tiny_t5_tokenizer(limit: int = 512) -> PreTrainedTokenizerFast:
+    """T5's kind of tokenizer over a few words and every character."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t5_tokenizer(), model_max_length=limit, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
 
 

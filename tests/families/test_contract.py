@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import diffusers
@@ -13,7 +12,6 @@ import torch
 import diffalign
 from diffalign.backbone import Size
 from diffalign.diffusion import DDIM
-from diffalign.pipelines.presets import FAMILIES, PRESETS
 from diffalign.sampling import rollout
 from diffalign.types import RewardScores
 from tests.families.tiny import ROWS
@@ -21,11 +19,6 @@ from tests.families.tiny import ROWS
 PROMPTS = ["a red circle", "two blue cups"]
 SEEDS = [3, 8]
 BFLOAT16 = torch.bfloat16
-
-
-def aligned_class(row):
-    family = FAMILIES[PRESETS[row.preset].family]
-    return getattr(importlib.import_module(family.module), family.aligned_class)
 
 
 def generators(seeds=SEEDS):
@@ -58,7 +51,7 @@ def row(request):
 @pytest.fixture(scope="module")
 def shared(row):
     """The row's aligned pipeline; tests leave it as they find it."""
-    return row.pipeline(aligned_class(row))
+    return row.pipeline(row.aligned_class())
 
 
 def conditioning_of(pipe, row, prompts=PROMPTS, **more):
@@ -79,7 +72,7 @@ def steps_of(row) -> dict:
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=["float32", "bfloat16"])
 def test_without_plugins_it_is_the_stock_pipeline_to_the_bit(row, dtype):
-    cls = aligned_class(row)
+    cls = row.aligned_class()
     ours = row.pipeline(cls, dtype)(PROMPTS, seed=SEEDS, output_type="np", **row.call)
     theirs = row.pipeline(cls.stock_class, dtype)(PROMPTS, generator=generators(), output_type="np", **row.call)
     assert np.array_equal(values(ours.images), values(getattr(theirs, cls.output_field)))
@@ -87,7 +80,7 @@ def test_without_plugins_it_is_the_stock_pipeline_to_the_bit(row, dtype):
 
 
 def test_another_size_is_the_stock_one_too(row, shared):
-    cls, call = aligned_class(row), {**row.call, **row.other_size}
+    cls, call = row.aligned_class(), {**row.call, **row.other_size}
     ours = shared(PROMPTS[0], seed=3, output_type="np", **call).images
     theirs = getattr(row.pipeline(cls.stock_class)(PROMPTS[0], generator=generators([3])[0], output_type="np", **call), cls.output_field)
     assert np.array_equal(values(ours), values(theirs))
@@ -107,7 +100,7 @@ def test_noise_to_images_is_the_plain_call_and_differentiates(row, shared):
 
 
 def test_bfloat16_gradients_are_finite_and_not_zero(row):
-    pipe = row.pipeline(aligned_class(row), BFLOAT16)
+    pipe = row.pipeline(row.aligned_class(), BFLOAT16)
     own, size = generators(), pipe.size_of({**pipe.defaults, **row.call})
     noise = pipe.draw_noise(own, size).requires_grad_()
     images = pipe.noise_to_images(noise, conditioning_of(pipe, row), row.call, own)
@@ -193,7 +186,7 @@ def test_rollout_is_differentiable_and_checkpointing_changes_nothing(row, shared
 
 
 def test_every_weight_of_the_network_can_be_trained_through_predict(row):
-    pipe = row.pipeline(aligned_class(row))
+    pipe = row.pipeline(row.aligned_class())
     network = getattr(pipe, pipe.denoiser)
     network.requires_grad_(True)
     size = pipe.size_of({**pipe.defaults, **row.call})
@@ -216,7 +209,7 @@ def peak_bytes(run) -> int:
 
 
 def test_gradient_checkpointing_gives_the_same_gradient_for_less_memory(row):
-    pipe = row.pipeline(aligned_class(row))
+    pipe = row.pipeline(row.aligned_class())
     for parameter in getattr(pipe, pipe.denoiser).parameters():
         parameter.requires_grad_(False)
     size = pipe.size_of({**pipe.defaults, **row.call})
@@ -268,7 +261,7 @@ def test_what_is_saved_loads_as_the_stock_pipeline(row, shared, tmp_path):
     shared.save_pretrained(tmp_path)
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    cls = aligned_class(row)
+    cls = row.aligned_class()
     assert type(loaded) is cls.stock_class
     theirs = getattr(loaded(PROMPTS[0], generator=generators([3])[0], output_type="np", **row.call), cls.output_field)
     # not to the bit: weights read from a file lie at other addresses, and vectorised sums follow the alignment
