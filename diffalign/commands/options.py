@@ -165,9 +165,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_rule_options(parser: argparse.ArgumentParser) -> None:
     """--reward-rule, --reward-gradient, --calibration; docs/reward_mixing.md says when to use which."""
-    rule_help = "how several rewards become one: weighted, worst-case, soft-min=0.3, uncertainty=0.5, geometric (default: %(default)s)"
+    from diffalign.rewards.names import GRADIENT_RULES, RULES, forms
+
+    rule_help = f"how several rewards become one: {forms(RULES)} (default: %(default)s)"
     parser.add_argument("--reward-rule", type=reward_rule, default="weighted", metavar="NAME", help=rule_help)
-    gradient_help = "how their gradients become one, for reno: equal, pcgrad, mgda (default: as the rule has it)"
+    gradient_help = f"how their gradients become one, for reno: {forms(GRADIENT_RULES)} (default: as the rule has it)"
     parser.add_argument("--reward-gradient", type=gradient_rule, metavar="NAME", help=gradient_help)
     calibration_help = "common units of the rewards, which every rule but weighted needs; `diffalign calibrate` makes one"
     parser.add_argument("--calibration", type=Path, metavar="FILE.json", help=calibration_help)

@@ -1,15 +1,19 @@
-"""Common units for rewards: where each one's scores lie on samples of the base model, measured once, stored as plain JSON.
+"""Common units for rewards: where each one's scores lie on samples of the base model, measured once.
 
-    z         (r - mean) / std                                  over all samples                                     the default
-    within    (r - mean of the prompt's samples) / s_w          s_w^2 = mean over prompts of the variance within each
-    quantile  the share of base samples below r                 piecewise linear between stored quantiles, linear tails beyond them
+    z         (r - mean) / std                     over all samples                      the default
+    within    (r - mean of the prompt's samples) / s_w
+              s_w^2 = mean over prompts of the variance within each
+    quantile  the share of base samples below r    piecewise linear between stored quantiles, linear
+                                                   tails beyond them
 
-CLIP-like scores differ more between prompts than between images of one prompt, so only "within" makes weights say how much *better an
-image* a unit is; it needs base samples of the very prompts that it is used on. A probability (VQAScore, a judge's P(yes)) is taken to
-log-odds first: transform "logit". All three are differentiable, except where a quantile's neighbours coincide (slope 0).
+CLIP-like scores differ more between prompts than between images of one prompt, so only "within" makes
+weights say how much *better an image* a unit is; it needs base samples of the very prompts that it is
+used on. A probability (VQAScore, a judge's P(yes)) is taken to log-odds first: transform "logit". All
+three are differentiable, except where a quantile's neighbours coincide (slope 0).
 
-Why at all: raw sums (the constants of ReNO, Flow-GRPO) are a calibration made by hand, and under min or variance a reward's free offset
-would decide alone; the authors of WCO / UWO standardise each member too (Coste et al., 2310.02743; issue 12 of their repository).
+Why at all: raw sums (the constants of ReNO, Flow-GRPO) are a calibration made by hand, and under min
+or variance a reward's free offset would decide alone; the authors of WCO / UWO standardise each member
+too (Coste et al., 2310.02743; issue 12 of their repository).
 """
 
 from __future__ import annotations
@@ -40,31 +44,40 @@ LOGIT_EDGE = 1e-5  # probabilities are held this far from 0 and 1, where float32
 
 @dataclass(frozen=True)
 class MemberCalibration:
-    """One reward on `n` base samples, after `transform`.
-
-    spec: the reward model's own name. std: over all samples. between: of the prompts' means. within: pooled inside prompts. The last two
-    are None where no prompt had two samples. quantiles: values at LEVELS. prompt_means: prompt -> mean of its samples, where kept.
-    """
+    """Where one reward's scores lie, after `transform`."""
 
     spec: str
+    """The reward model's own name; "" for any."""
     mean: float
+    """Over all samples."""
     std: float
+    """> 0, over all samples, n - 1 in the denominator."""
     n: int
+    """How many base samples there were."""
     between: float | None = None
+    """The standard deviation of the prompts' means; None where no prompt had two samples."""
     within: float | None = None
+    """s_w, pooled inside prompts; None where no prompt had two samples."""
     quantiles: tuple[float, ...] = ()
+    """The values at LEVELS."""
     transform: Transform = "none"
+    """What is done to a native score first: "logit" for probabilities."""
     prompt_means: Mapping[str, float] | None = None
+    """Prompt -> mean of its samples, kept for unit "within" alone."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """members: name in the mix -> its numbers. unit: what `apply` gives. prompts: hash of the prompts. source: what made the images."""
+    """The common units of a mix's members, as plain JSON beside the run."""
 
     members: Mapping[str, MemberCalibration]
+    """Name in the mix -> its numbers."""
     unit: Unit = "z"
+    """What `apply` gives."""
     prompts: str = ""
+    """Hash of the set of prompts."""
     source: str = ""
+    """What made the images, in words."""
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -95,7 +108,7 @@ class Calibration:
         return (values - torch.tensor([known[prompt] for prompt in prompts], device=values.device)) / member.within
 
     def scale(self, name: str) -> float:
-        """One standard deviation of member `name` in its native unit, after its transform; within prompts where that is the unit."""
+        """One standard deviation of member `name`, after its transform; within prompts where that is the unit."""
         member = self._member(name)
         return member.within if self.unit == "within" and member.within else member.std
 
@@ -144,8 +157,13 @@ def calibrate(
 ) -> Calibration:
     """Scores base-model images "n 3 h w" in [0, 1] of n prompts with every model, and says where the scores lie.
 
-    500 images or more are good. Several images of each prompt are needed for "within". transforms: name -> "logit" for rewards that are
-    probabilities. Errors as in `from_scores`.
+    models: name in the mix -> reward model.
+    unit: of the calibration. "within" needs several images of each prompt.
+    transforms: name -> "logit" for rewards that are probabilities.
+    source: what made the images, in words.
+    batch_size: images scored at once. Memory and speed only.
+
+    500 images or more are good. Errors as in `from_scores`.
     """
     if len(images) != len(prompts):
         raise ValueError(f"images and prompts must be equally many, got {len(images)} and {len(prompts)}")
@@ -169,8 +187,10 @@ def from_scores(
 ) -> Calibration:
     """A calibration from scores that exist already: scores[name][i] is of an image of prompts[i].
 
-    specs: name -> the reward model's own name. Scores that are not finite are left out. Raises ValueError where fewer than two are left,
-    where a reward gives every image the same, and for a "logit" of what is no probability.
+    specs: name -> the reward model's own name; its name in the mix without one.
+
+    Scores that are not finite are left out. Raises ValueError where fewer than two are left, where a
+    reward gives every image the same, and for a "logit" of what is no probability.
     """
     specs, transforms = specs or {}, transforms or {}
     members = {}

@@ -1,27 +1,32 @@
-"""Rules that make one number of several rewards, sample by sample: pure functions of stacked scores, and a small class for each.
+"""Rules that make one number of several rewards, sample by sample: pure functions, and a class for each.
 
-Scores "b k": b samples, k members, in common units for every rule but the weighted sum (see calibration.py). Weights "b k": a member of
-negative weight is one to be lowered, and a member of weight 0 takes no part in that sample. With
+Scores "b k": b samples, k members, in common units for every rule but the weighted sum (see
+calibration.py). Weights "b k": a member of negative weight is one to be lowered, and a member of
+weight 0 takes no part in that sample. With
 
     z_k = sign(w_k) score_k,    p_k = |w_k| / sum_j |w_j|,    mu = sum_k p_k z_k
 
     weighted sum          sum_k w_k score_k
-    worst case   (WCO)    min_k z_k                                          Coste et al., ICLR 2024 (2310.02743)
-    soft minimum          -beta ln sum_k p_k exp(-z_k / beta)                beta -> 0: the minimum; beta -> inf: mu
-    uncertainty  (UWO)    mu - lambda sum_k p_k (z_k - mu)^2                 Coste et al.; population variance, as in their best-of-n
-    geometric             sum_k p_k ln sigmoid(z_k)                          ln of prod_k sigmoid(z_k)^p_k: everything must be acceptable
-    constrained           sum over free k of w_k score_k + sum over floored j of |w_j| min(0, z_j - c_j)
+    worst case   (WCO)    min_k z_k                             Coste et al., ICLR 2024 (2310.02743)
+    soft minimum          -beta ln sum_k p_k exp(-z_k / beta)   beta -> 0: min; beta -> inf: mu
+    uncertainty  (UWO)    mu - lambda sum_k p_k (z_k - mu)^2    Coste et al.; population variance,
+                                                                as in their best-of-n
+    geometric             sum_k p_k ln sigmoid(z_k)             ln of prod_k sigmoid(z_k)^p_k:
+                                                                everything must be acceptable
+    constrained           sum over free k of w_k score_k
+                          + sum over floored j of |w_j| min(0, z_j - c_j)
 
-To second order the soft minimum is mu - var / (2 beta), which is UWO with lambda = 1 / (2 beta). UWO's gradient gives member k the weight
-p_k (1 - 2 lambda (z_k - mu)): one that exceeds the mean by more than 1 / (2 lambda) is pushed *down*. WCO and UWO take the spread of the
-members for error, so their members should estimate the same thing; between different goals the spread is a matter of taste.
+To second order the soft minimum is mu - var / (2 beta), which is UWO with lambda = 1 / (2 beta).
+UWO's gradient gives member k the weight p_k (1 - 2 lambda (z_k - mu)): one that exceeds the mean by
+more than 1 / (2 lambda) is pushed *down*. WCO and UWO take the spread of the members for error, so
+their members should estimate the same thing; between different goals it is a matter of taste.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -29,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from diffalign.rewards.names import RULES, parse
+from diffalign.rewards.names import RULES, build
 
 Stacked = Float[Tensor, "b k"]
 
@@ -71,7 +76,7 @@ def geometric(scores: Stacked, weights: Stacked) -> Float[Tensor, " b"]:
 
 
 def constrained(scores: Stacked, weights: Stacked, floors: Float[Tensor, " k"]) -> Float[Tensor, " b"]:
-    """The weighted sum of the members whose floor is -inf, and a fine |w_j| (c_j - z_j) for every other that lies below its floor c_j."""
+    """The weighted sum of the members whose floor is -inf, and for every other a fine |w_j| (c_j - z_j) below its floor c_j."""
     z, _ = oriented(scores, weights)
     free = floors == -math.inf
     fines = weights.abs() * (z - torch.where(free, 0.0, floors)).clamp_max(0)
@@ -79,22 +84,26 @@ def constrained(scores: Stacked, weights: Stacked, floors: Float[Tensor, " k"]) 
 
 
 def soft_clip(scores: Tensor, limit: float) -> Tensor:
-    """Scores unchanged within [-limit, limit], beyond it limit + tanh(excess), so nothing passes limit + 1. The slope at the limit is 1."""
+    """Scores unchanged within [-limit, limit], beyond it limit + tanh(excess): nothing passes limit + 1, the slope at limit is 1."""
     inside = scores.clamp(-limit, limit)
     return inside + torch.tanh(scores - inside)
 
 
-# ---- the rules as values that can be named, compared and stored -----------------------------------------------------------------
+# ---- the rules as values that can be named, compared and stored ----------------------------------
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """A rule with its settings. names[k] is member k's name. calibrated: whether scores must be in common units for it to mean anything."""
+    """A rule with its settings. A rule of your own needs no row in names.py to be handed to a mix."""
 
     name: ClassVar[str]
+    """What settings and the command line call it."""
     calibrated: ClassVar[bool]
+    """Whether scores must be in common units for it to mean anything."""
 
-    def __call__(self, scores: Stacked, weights: Stacked, names: Sequence[str]) -> Float[Tensor, " b"]: ...
+    def __call__(self, scores: Stacked, weights: Stacked, names: Sequence[str]) -> Float[Tensor, " b"]:
+        """Totals. names[k] is member k's name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class WeightedSum:
     """The weighted sum, in whatever units the scores have."""
 
     name: ClassVar[str] = "weighted"
-    calibrated: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = RULES[name].calibrated
 
     def __call__(self, scores: Stacked, weights: Stacked, names: Sequence[str]) -> Float[Tensor, " b"]:
         return weighted_sum(scores, weights)
@@ -113,7 +122,7 @@ class WorstCase:
     """The least member (WCO). Weights give the sign only, so they must be equally large."""
 
     name: ClassVar[str] = "worst-case"
-    calibrated: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = RULES[name].calibrated
 
     def __call__(self, scores: Stacked, weights: Stacked, names: Sequence[str]) -> Float[Tensor, " b"]:
         return worst_case(scores, weights)
@@ -121,11 +130,12 @@ class WorstCase:
 
 @dataclass(frozen=True)
 class SoftMin:
-    """beta > 0, in units of the scores; 0.1 to 0.3 is near the minimum and does not jump between members."""
+    """The soft minimum."""
 
-    beta: float = 0.3
     name: ClassVar[str] = "soft-min"
-    calibrated: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = RULES[name].calibrated
+    beta: float = RULES[name].default
+    """> 0, in units of the scores; 0.1 to 0.3 is near the minimum and does not jump between members."""
 
     def __post_init__(self) -> None:
         _require_positive("beta", self.beta)
@@ -136,11 +146,12 @@ class SoftMin:
 
 @dataclass(frozen=True)
 class UncertaintyWeighted:
-    """lam > 0, the weight of the variance (UWO). Coste et al.'s code takes 0.5 for best-of-n and 0.1 for PPO."""
+    """The mean less the members' variance (UWO)."""
 
-    lam: float = 0.5
     name: ClassVar[str] = "uncertainty"
-    calibrated: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = RULES[name].calibrated
+    lam: float = RULES[name].default
+    """lambda > 0, the weight of the variance. Coste et al.'s code: 0.5 for best-of-n, 0.1 for PPO."""
 
     def __post_init__(self) -> None:
         _require_positive("lam", self.lam)
@@ -154,7 +165,7 @@ class Geometric:
     """The geometric mean of sigmoids, as a logarithm."""
 
     name: ClassVar[str] = "geometric"
-    calibrated: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = RULES[name].calibrated
 
     def __call__(self, scores: Stacked, weights: Stacked, names: Sequence[str]) -> Float[Tensor, " b"]:
         return geometric(scores, weights)
@@ -162,11 +173,12 @@ class Geometric:
 
 @dataclass(frozen=True)
 class Constrained:
-    """floors: (name, c) of the members that are only kept above c; their weights are the prices of a unit below it."""
+    """Some members are raised, the others only kept above a floor; their weights are the prices of a unit below it."""
 
     floors: tuple[tuple[str, float], ...]
+    """(name, c) of each member that has a floor, c in units of the oriented score; a mapping will do."""
     name: ClassVar[str] = "constrained"
-    calibrated: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = RULES[name].calibrated
 
     def __post_init__(self) -> None:
         pairs = self.floors.items() if isinstance(self.floors, Mapping) else self.floors
@@ -177,33 +189,20 @@ class Constrained:
 
     def __call__(self, scores: Stacked, weights: Stacked, names: Sequence[str]) -> Float[Tensor, " b"]:
         floors = dict(self.floors)
-        return constrained(scores, weights, torch.tensor([floors.get(name, -math.inf) for name in names], device=scores.device))
-
-
-_CLASSES = {cls.name: cls for cls in (WeightedSum, WorstCase, SoftMin, UncertaintyWeighted, Geometric, Constrained)}
+        values = [floors.get(name, -math.inf) for name in names]
+        return constrained(scores, weights, torch.tensor(values, device=scores.device))
 
 
 def find_rule(rule: str | Mapping[str, Any] | Rule) -> Rule:
-    """The rule that is meant: "soft-min", "soft-min=0.3", the JSON form that `names.settings` gives, or a rule itself.
+    """The rule that is meant: "soft-min", "soft-min=0.3", "constrained=a:0", the JSON form of `names.settings`, or itself.
 
     Raises ValueError for an unknown name or a bad parameter, TypeError for anything else.
     """
-    if isinstance(rule, str):
-        name, parameters = parse(rule, RULES, "rule")
-        return _CLASSES[name](**parameters)
-    if isinstance(rule, Mapping):
-        return from_settings(rule, _CLASSES, "rule")
+    if isinstance(rule, (str, Mapping)):
+        return build(rule, RULES, "rule")
     if isinstance(rule, Rule) and not isinstance(rule, type):
         return rule
     raise TypeError(f"rule must be a name such as 'worst-case' or a rule such as SoftMin(0.3), got {rule!r}")
-
-
-def from_settings(data: Mapping[str, Any], classes: Mapping[str, type], kind: str) -> Any:
-    """What `names.settings` made of a rule, as that rule. Raises ValueError for an unknown name or unknown fields."""
-    name, parameters = data.get("name"), {key: value for key, value in data.items() if key != "name"}
-    if name not in classes or set(parameters) - {field.name for field in fields(classes[name])}:
-        raise ValueError(f"{dict(data)} is no {kind} that we know; names are {', '.join(classes)}")
-    return classes[name](**parameters)
 
 
 def check_rule(rule: Rule, weights: Mapping[str, float]) -> None:

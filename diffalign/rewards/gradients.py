@@ -33,8 +33,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.rewards.combine import from_settings, require_equal
-from diffalign.rewards.names import GRADIENT_RULES, parse
+from diffalign.rewards.combine import require_equal
+from diffalign.rewards.names import GRADIENT_RULES, build
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def with_gradient(values: Float[Tensor, " b"], images: Float[Tensor, "b ..."], d
     return _Directed.apply(images, values.detach(), kept.to(images.dtype))
 
 
-# ---- the rules as values ---------------------------------------------------------------------------------------------------------
+# ---- the rules as values -------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -158,6 +158,7 @@ class GradientRule(Protocol):
     """A rule with its settings, from gradients "b k d" and weights "b k" to directions "b d"."""
 
     name: ClassVar[str]
+    """What settings and the command line call it."""
 
     def __call__(self, gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]: ...
 
@@ -174,10 +175,11 @@ class EqualRMS:
 
 @dataclass(frozen=True)
 class PCGrad:
-    """equal: compare gradients of equal size (not in the paper). With it, a weight is a reward's share of the step."""
+    """Each gradient without what runs against another, summed."""
 
-    equal: bool = True
     name: ClassVar[str] = "pcgrad"
+    equal: bool = True
+    """Compare gradients of equal size; a weight is then a reward's share of the step. Paper: no."""
 
     def __call__(self, gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
         return pcgrad(equalise(gradients, weights) if self.equal else gradients, weights)
@@ -185,24 +187,20 @@ class PCGrad:
 
 @dataclass(frozen=True)
 class MGDA:
-    """equal: compare gradients of equal size (not in the paper). Weights give the sign only, so they must be equally large."""
+    """The shortest vector of the gradients' hull. Weights give the sign only, so they must be equally large."""
 
-    equal: bool = True
     name: ClassVar[str] = "mgda"
+    equal: bool = True
+    """Compare gradients of equal size. Paper: no."""
 
     def __call__(self, gradients: Gradients, weights: Float[Tensor, "b k"]) -> Float[Tensor, "b d"]:
         return mgda(equalise(gradients, weights) if self.equal else gradients, weights)
 
 
-_CLASSES = {cls.name: cls for cls in (EqualRMS, PCGrad, MGDA)}
-
-
 def find_gradient_rule(rule: str | Mapping[str, Any] | GradientRule | None) -> GradientRule | None:
-    """The rule that is meant, by its name, its JSON form or itself; None for none. Raises ValueError and TypeError as `find_rule`."""
-    if isinstance(rule, str):
-        return _CLASSES[parse(rule, GRADIENT_RULES, "gradient rule")[0]]()
-    if isinstance(rule, Mapping):
-        return from_settings(rule, _CLASSES, "gradient rule")
+    """The rule that is meant, by its name, its JSON form or itself; None for none. Raises as `find_rule` does."""
+    if isinstance(rule, (str, Mapping)):
+        return build(rule, GRADIENT_RULES, "gradient rule")
     if rule is None or (isinstance(rule, GradientRule) and not isinstance(rule, type)):
         return rule
     raise TypeError(f"gradient must be a name such as 'equal' or a rule such as PCGrad(), got {rule!r}")

@@ -1,13 +1,19 @@
-"""RewardMix: several rewards as one. A rule combines calibrated scores, every part is kept, and other rewards only watch.
+"""RewardMix: several rewards as one. A rule combines calibrated scores, every part is kept, others only watch.
 
-    total_i = rule(u_1(r_1(x_i, p_i)), ..., u_K(r_K(x_i, p_i)); w)        u_k: into common units, where there is a calibration
+    total_i = rule(u_1(r_1(x_i, p_i)), ..., u_K(r_K(x_i, p_i)); w)
 
-Scores that are not finite. In native units a member cannot be left out of a sum without moving it, so the total is not finite either, and
-no method chooses it. With a calibration the member is left out for that sample and the weights of the others grow to the same sum; where
-it is `required`, or none is left, the total is NaN. Its own part keeps the value in either case, and it sends no gradient to the image.
+with u_k into common units, where there is a calibration.
 
-Gradient rules (gradients.py) replace the gradient of the total with respect to the images, not its value: a climb moves along the combined
-direction of the members' own gradients, and the search still keeps the image with the greatest total.
+Scores that are not finite. In native units a member cannot be left out of a sum without moving it,
+so the total is not finite either, and no method chooses it. With a calibration the member is left
+out for that sample and the weights of the others grow to the same sum; where it is `required`, or
+none is left, the total is NaN. Its own part keeps the value in either case, and it sends no gradient
+to the image.
+
+Gradient rules (gradients.py) replace the gradient of the total with respect to the images, not its
+value: a climb moves along the combined direction of the members' own gradients, and the search still
+keeps the image with the greatest total. A sample whose combined direction is not finite takes no
+step from the rewards, and a warning names it.
 """
 
 from __future__ import annotations
@@ -18,25 +24,34 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.rewards import names as rule_names
 from diffalign.rewards.calibration import Calibration
 from diffalign.rewards.combine import Rule, WeightedSum, check_rule, find_rule, soft_clip
 from diffalign.rewards.gradients import GradientRule, check_gradient_rule, find_gradient_rule, with_gradient
-from diffalign.types import Images, RewardModel, RewardScores, Scores
+from diffalign.types import RewardModel, RewardScores, Scores
+
+Pictures = Float[Tensor, "b ... 3 h w"]  # images, or the videos "b f 3 h w" of frames.py
 
 
 class RewardMix:
-    """A reward that methods can optimise. Each sample is scored on its own; a negative weight makes less better.
+    """A reward that methods can optimise. Each sample is scored on its own.
 
-    members: name -> (reward model, weight). watched: name -> reward model that is scored without gradient and never optimised, so that a
-    method exploiting the members shows. rule: how members become one, see combine.py. calibration: their common units; where it is given,
-    weights are of those. gradient: a rule of gradients.py, with the weighted sum alone. required: members without which a sample has no
-    score. clip: calibrated scores are held softly within this many units, a cheap guard against rewards without bounds (3 is usual).
+    members: name -> (reward model, weight). A negative weight makes less better.
+    watched: name -> reward model that is scored without gradient and never optimised, so that a
+        method exploiting the members shows.
+    rule: how members become one, see combine.py: a rule, its name ("soft-min=0.3") or its JSON form.
+    calibration: the members' common units; where it is given, weights are of those.
+    gradient: a rule of gradients.py, with the weighted sum alone; None: autograd's own gradient.
+    required: members without which a sample has no score; needs a calibration.
+    clip: > 0, calibrated scores are held softly within this many standard deviations, a cheap guard
+        against rewards without bounds; 3 is usual. Not for unit "quantile", whose unit is a share.
 
-    Raises ValueError for an empty mix, a weight that is zero or not finite, a name in both; a rule that needs a calibration where there is
-    none; a calibration that lacks a member or is another model's; TypeError for a weight that is no number or what is no reward model.
+    Raises ValueError for an empty mix, a weight that is zero or not finite, a name in both, a rule
+    that needs a calibration where there is none, and a calibration that lacks a member or is another
+    model's; TypeError for a weight that is no number and for what is no reward model.
     """
 
     def __init__(
@@ -80,9 +95,10 @@ class RewardMix:
         for model in self.watched.values():
             model.prepare(prompts)
 
-    def __call__(self, images: Images, prompts: Sequence[str]) -> RewardScores:
+    def __call__(self, images: Pictures, prompts: Sequence[str]) -> RewardScores:
         """Scores of images "b 3 h w" in [0, 1] against b prompts; parts and watched in native units.
 
+        Videos "b f 3 h w" do as well where every reward is one of videos (`frames.FrameReward`).
         Parts keep their gradient, so they can be weighed anew, except under a gradient rule, which uses it up.
         """
         climbing = images.requires_grad and torch.is_grad_enabled()
@@ -104,7 +120,7 @@ class RewardMix:
         return self._combined(*self._prepared(torch.stack(list(units.values()), dim=1)))
 
     def settings(self) -> dict[str, Any]:
-        """All that decides a total, calibration included, as plain JSON data. `hub.load_reward` takes these values back one by one."""
+        """All that decides a total, calibration included, as plain JSON data; `hub.load_reward` takes the values back."""
         return {
             "members": self.weights,
             "watched": list(self.watched),
@@ -115,7 +131,7 @@ class RewardMix:
             "clip": self.clip,
         }
 
-    def _plain(self, images: Images, prompts: Sequence[str]) -> tuple[dict[str, Scores], Scores]:
+    def _plain(self, images: Pictures, prompts: Sequence[str]) -> tuple[dict[str, Scores], Scores]:
         """Parts and total with the gradient that autograd finds."""
         parts = {}
         for name, (model, _) in self.members.items():
@@ -126,7 +142,7 @@ class RewardMix:
                 seen.register_hook(_keeping(parts[name].isfinite()))
         return parts, self.total(parts, prompts)
 
-    def _with_combined_gradient(self, images: Images, prompts: Sequence[str]) -> tuple[dict[str, Scores], Scores]:
+    def _with_combined_gradient(self, images: Pictures, prompts: Sequence[str]) -> tuple[dict[str, Scores], Scores]:
         """Parts without gradient, and a total whose gradient is the combined direction. One member's graph is alive at a time."""
         parts, units, gradients = {}, [], []
         for name, (model, _) in self.members.items():
@@ -162,9 +178,8 @@ class RewardMix:
         sound = finite.any(1) & (finite | ~needed).all(1)
         left = given.abs().where(finite, 0.0).sum(1, keepdim=True)
         grown = (given * (given.abs().sum(1, keepdim=True) / left)).where(finite, 0.0)
-        weights = torch.where(
-            finite.all(1, keepdim=True) | ~sound.unsqueeze(1), given, grown
-        )  # untouched where none is missing, to the bit
+        untouched = finite.all(1, keepdim=True) | ~sound.unsqueeze(1)  # to the bit, where none is missing
+        weights = torch.where(untouched, given, grown)
         return units.where(finite, 0.0), weights, sound
 
     def _combined(self, values: Tensor, weights: Tensor, sound: Tensor | None) -> Scores:
@@ -178,12 +193,14 @@ class RewardMix:
             raise ValueError(f"required names {strange[0]!r}, which is no member; members are {', '.join(self.members)}")
         if self.calibration is None:
             if self.clip is not None or self.required:
-                raise ValueError(
-                    f"{'clip' if self.clip is not None else 'required'} is about calibrated scores; give a calibration with it"
-                )
+                what = "clip" if self.clip is not None else "required"
+                raise ValueError(f"{what} is about calibrated scores; give a calibration with it")
             return
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be above 0, got {self.clip}")
+        if self.clip is not None and self.calibration.unit == "quantile":
+            what = f"clip is in standard deviations, got {self.clip} with unit 'quantile', whose scores are shares from 0 to 1"
+            raise ValueError(f"{what}; leave clip out, or calibrate with unit 'z' or 'within'")
         for name, model in {**{name: model for name, (model, _) in self.members.items()}, **self.watched}.items():
             known = self.calibration.members.get(name)
             if known is not None and known.spec not in ("", model.name):
@@ -216,7 +233,7 @@ def _keeping(kept: Tensor) -> Any:
     return lambda gradient: torch.where(kept.view(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
 
 
-def _scores(name: str, model: RewardModel, images: Images, prompts: Sequence[str]) -> Scores:
+def _scores(name: str, model: RewardModel, images: Pictures, prompts: Sequence[str]) -> Scores:
     scores = model(images, prompts)
     if scores.shape != (len(images),):
         raise ValueError(f"reward {name!r} must return one score for each of {len(images)} images, got shape {tuple(scores.shape)}")

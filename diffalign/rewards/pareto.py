@@ -1,17 +1,22 @@
 """Pareto selection: which samples of a group no other one beats, in how many layers, and how crowded they lie.
 
-Scores "n k": n samples, k rewards, higher is better; groups "n": only samples of one group are compared, None makes all one group.
+Scores "n k": n samples, k rewards, higher is better; groups "n": only samples of one group are
+compared, None makes all one group.
 
-    a dominates b           a_k >= b_k for every k and a_k > b_k for some k: samples that tie do not remove each other  (Parrot, 2401.05675)
-    a epsilon-dominates b   the same of the boxes  -floor((top_k - score_k) / epsilon_k), top_k the group's best; and inside one box, of the
-                            scores themselves                                                     after Laumanns et al., Evol. Comput. 2002
-    front rank              0: dominated by none; r: dominated by none once ranks below r are removed     NSGA-II (Deb et al., 2002)
-    crowding distance       sum over k of the distance between the neighbours on both sides in reward k, over the front's extent in it
+    a dominates b           a_k >= b_k for every k and a_k > b_k for some k: samples that tie do not
+                            remove each other                             Parrot, 2401.05675
+    a epsilon-dominates b   the same of the boxes  -floor((top_k - score_k) / epsilon_k), top_k the
+                            group's best; and inside one box, of the scores themselves
+                                                                          after Laumanns et al., 2002
+    front rank              0: dominated by none; r: dominated by none once ranks below r are removed
+    crowding distance       sum over k of the distance between the neighbours on both sides in reward
+                            k, over the front's extent in it              NSGA-II, Deb et al., 2002
 
-Why epsilon: with k rewards that do not agree nearly everything is non-dominated. Of 24 independent Gaussian samples 17, 30, 52,
-67 per cent are, for k = 2, 3, 4, 5, and a filter that keeps two thirds filters little. Where more than half is kept, raise epsilon (0.1 to
-0.25 standard deviations of each reward), or use ranks and crowding. Boxes, unlike "no worse by more than epsilon", are transitive: never
-does a circle of samples remove one another until none is left.
+Why epsilon: with k rewards that do not agree nearly everything is non-dominated. Of 24 independent
+Gaussian samples 17, 30, 52, 67 per cent are, for k = 2, 3, 4, 5, and a filter that keeps two thirds
+filters little. Where more than half is kept, raise epsilon (0.1 to 0.25 standard deviations of each
+reward), or use ranks and crowding. Boxes, unlike "no worse by more than epsilon", are transitive:
+never does a circle of samples remove one another until none is left.
 """
 
 from __future__ import annotations
@@ -61,8 +66,9 @@ def front_ranks(scores: Float[Tensor, "n k"], epsilon: Epsilon = 0.0, groups: Gr
 def crowding_distance(scores: Float[Tensor, "n k"], ranks: Int[Tensor, " n"], groups: Group | None = None) -> Float[Tensor, " n"]:
     """How alone each sample is on its front; inf for the only one at an end of it in some reward, or on it altogether.
 
-    Unlike NSGA-II's listing, samples that tie in a reward are treated alike, whatever their order: each is the other's neighbour on both
-    sides, at distance 0. A reward in which the whole front ties adds nothing.
+    Unlike NSGA-II's listing, samples that tie in a reward are treated alike, whatever their order: each
+    is the other's neighbour on both sides, at distance 0. A reward in which the whole front ties adds
+    nothing.
     """
     _check(scores, groups)
     same = (ranks[:, None] == ranks) if groups is None else (ranks[:, None] == ranks) & (groups[:, None] == groups)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from diffalign.rewards import names
+from diffalign import rewards
+from diffalign.rewards import combine, gradients, names
 from diffalign.rewards.combine import (
     Constrained,
     Geometric,
+    Rule,
     SoftMin,
     UncertaintyWeighted,
     WeightedSum,
@@ -143,10 +146,36 @@ def test_names_and_parameters():
     assert find_rule("worst-case") == WorstCase()
     assert find_rule("soft-min=0.1") == SoftMin(0.1)
     assert find_rule("uncertainty") == UncertaintyWeighted(0.5)
-    for name, named in names.RULES.items():  # the table without torch says what the classes are
-        rule = find_rule(name)
-        assert (type(rule).__name__, rule.calibrated) == (named.cls, named.calibrated)
-        assert named.parameter is None or getattr(rule, named.parameter) == named.default
+    assert find_rule("constrained=b:0.2, shapes-clip:-1e-1") == Constrained((("b", 0.2), ("shapes-clip", -0.1)))
+
+
+def test_what_a_help_text_says():
+    expected = "weighted, worst-case, soft-min=0.3, uncertainty=0.5, geometric, constrained=REWARD:FLOOR,..."
+    assert names.forms(names.RULES) == expected
+    assert names.forms(names.GRADIENT_RULES) == "equal, pcgrad, mgda"
+
+
+@pytest.mark.parametrize("name", names.RULES)
+def test_the_table_is_what_the_classes_and_the_package_read(name):
+    row = names.RULES[name]
+    rule = find_rule(f"{name}=b:0" if row.floors else name)
+    assert (rule.name, rule.calibrated) == (name, row.calibrated)
+    assert row.target == f"{type(rule).__module__.rpartition('.')[2]}:{type(rule).__name__}"
+    assert getattr(rewards, type(rule).__name__) is type(rule)
+    assert isinstance(rule, Rule)
+    if row.default is not None:
+        assert getattr(rule, row.parameter) == row.default
+
+
+def test_every_rule_has_a_row():
+    """A class that acts as a rule and is in no table could not be reached by name."""
+    for module, table in ((combine, names.RULES), (gradients, names.GRADIENT_RULES)):
+        found = {
+            f"{module.__name__.rpartition('.')[2]}:{cls.__name__}"
+            for cls in vars(module).values()
+            if isinstance(cls, type) and cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls)
+        }
+        assert found == {row.target for row in table.values()}
 
 
 @pytest.mark.parametrize(
@@ -156,8 +185,17 @@ def test_names_and_parameters():
         ("zzz", ValueError, "unknown rule 'zzz'; known: weighted, worst-case"),
         ("worst-case=2", ValueError, "rule worst-case takes no parameter"),
         ("soft-min=0", ValueError, "beta of rule soft-min must be a finite number above 0"),
+        ("constrained", ValueError, "rule constrained needs floors, as in constrained=shapes-aesthetic:0"),
+        ("constrained=", ValueError, "needs floors"),
+        ("constrained=a", ValueError, "floor of rule constrained must be NAME:NUMBER, .*; got 'a'"),
+        ("constrained=a:0,b:high", ValueError, "got 'b:high'"),
+        ("constrained=a:0,:1", ValueError, "got ':1'"),
+        ("constrained=a:nan", ValueError, "got 'a:nan'"),
+        ("constrained=a:0,a:1", ValueError, "two floors for 'a'"),
+        ("weighted=a:0", ValueError, "takes no parameter"),
         ("soft-min=x", ValueError, "as in soft-min=0.3; got 'x'"),
         ({"name": "soft-min", "gamma": 1}, ValueError, "is no rule that we know"),
+        ({"name": "constrained"}, TypeError, "floors"),
         ({"name": "sum"}, ValueError, "is no rule that we know"),
         (SoftMin, TypeError, "rule must be a name"),
         (3, TypeError, "rule must be a name"),
