@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from tqdm import tqdm
 
 from diffalign.benchmarks.geneval_rules import TASKS
@@ -12,9 +14,11 @@ from diffalign.shapes import prompts
 from diffalign.shapes.detector import judge_images
 from diffalign.shapes.train import card
 
+Pipeline = StableDiffusionPipeline | StableDiffusion3Pipeline
+
 
 def judge_accuracy(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     *,
     steps: int,
     guidance: float,
@@ -22,8 +26,12 @@ def judge_accuracy(
     per_task: int = prompts.PROMPTS_PER_TASK,
     seed: int = 0,
     batch: int = 64,
+    call: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """(correct, total) per task, for one image a prompt; image i starts from noise of seed (seed, i)."""
+    """(correct, total) per task, for one image a prompt; image i starts from noise of seed (seed, i).
+
+    call: further options of the pipeline's call.
+    """
     rows = prompts.metadata(split, per_task=per_task)
     counts = {task: [0, 0] for task in TASKS}
     pipeline.set_progress_bar_config(disable=True)
@@ -31,7 +39,8 @@ def judge_accuracy(
         part = rows[start : start + batch]
         generators = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(part))]
         texts = [row["prompt"] for row in part]
-        images = pipeline(texts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np").images
+        out = pipeline(texts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np", **(call or {}))
+        images = out.images
         for row, verdict in zip(part, judge_images((images * 255).round().astype(np.uint8), part), strict=True):
             counts[row["tag"]][0] += verdict.correct
             counts[row["tag"]][1] += 1
@@ -46,9 +55,12 @@ def overall(counts: dict[str, tuple[int, int]]) -> float:
 GUIDANCES = (2.0, 3.0, 4.5, 6.0)
 
 
-def best_guidance(pipeline: StableDiffusionPipeline, steps: int, per_task: int = 24) -> tuple[float, dict[str, float]]:
+def best_guidance(
+    pipeline: Pipeline, steps: int, per_task: int = 24, call: Mapping[str, int] | None = None
+) -> tuple[float, dict[str, float]]:
     """The guidance scale with the best overall accuracy on the validation split, and what each reached."""
-    reached = {str(g): overall(judge_accuracy(pipeline, steps=steps, guidance=g, split="validation", per_task=per_task)) for g in GUIDANCES}
+    options = {"steps": steps, "split": "validation", "per_task": per_task, "call": call}
+    reached = {str(g): overall(judge_accuracy(pipeline, guidance=g, **options)) for g in GUIDANCES}
     return float(max(reached, key=reached.__getitem__)), reached
 
 

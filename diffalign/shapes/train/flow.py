@@ -223,7 +223,10 @@ def save_pipeline(
 
 
 def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
-    """A finished pipeline in float32. Raises FileNotFoundError where the stage "flow" has not run."""
+    """A finished pipeline in float32. Raises FileNotFoundError where the stage "flow" has not run.
+
+    A folder without T5 loads only where the missing parts are named, as in diffusers' own advice for SD3.
+    """
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished pipeline; run `python -m diffalign.shapes.train flow` first")
-    return StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    return StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)

@@ -44,7 +44,7 @@ class TuneConfig:
     """How much is drawn, and what a step looks at."""
 
     turbo_prompts: int = 1600  # GROUP one-step images each
-    base_prompts: int = 320  # GROUP images of `shapes` each
+    base_prompts: int = 192  # GROUP images of `shapes` each
     base_steps: int = 8  # DDIM steps of these
     base_guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 6.0)  # shared among a prompt's images
     rounds: int = 3  # the first on plain images, each later one also on climbs
