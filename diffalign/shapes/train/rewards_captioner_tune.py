@@ -36,7 +36,7 @@ from diffalign.shapes.train.rewards_images import autoencoded, disturb
 FLIPPED = 0.1  # share of votes that name the wrong image
 GROUP = 8  # images of one prompt
 CLIMB = ClimbConfig()
-CONFIG = loop.LoopConfig(steps=500, lr=4e-4, seed=32, warmup=20, ema_decay=0.99, weight_decay=0.02, save_every=100)  # of each round
+CONFIG = loop.LoopConfig(steps=400, lr=4e-4, seed=32, warmup=20, ema_decay=0.99, weight_decay=0.02, save_every=100)  # of each round
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TuneConfig:
     base_steps: int = 8  # DDIM steps of these
     base_guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 6.0)  # shared among a prompt's images
     rounds: int = 3  # the first on plain images, each later one also on climbs
-    climbed_prompts: int = 384  # GROUP stations each, for each later round
+    climbed_prompts: int = 256  # GROUP stations each, for each later round
     newest: float = 0.5  # share of a later round's prompts that are climbs
     prompts: int = 8  # of a step
     votes: float = 1.0  # weight of the preference term
