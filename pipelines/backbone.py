@@ -41,9 +41,13 @@ class StockBackbone:
     """In which the stock call holds latents; None: the network's."""
     per_prompt: ClassVar[str] = "num_images_per_prompt"
     output_field: ClassVar[str] = "images"
+    output_type: ClassVar[str] = "pil"
+    """What the stock call returns where it is not told."""
     two_calls: ClassVar[bool] = False
     multiple: ClassVar[int] = 8
     """Height and width must be multiples of this, in pixels."""
+    sides_together: ClassVar[bool] = False
+    """Whether the stock call ignores a height without a width, and the other way round."""
     defaults: Mapping[str, Any] = MappingProxyType({})
     """Stock arguments used where the caller gives none; set by presets."""
 
@@ -84,6 +88,17 @@ class StockBackbone:
         """(tokenizer, most tokens) of every text encoder; a text is cut where none of them reads on."""
         raise NotImplementedError
 
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the network is. The stock property asks every component, which is a tenth of a small search's time, and would answer
+        with wherever offloaded text encoders wait; it stays in charge where the network itself is offloaded.
+        """
+        network = getattr(self, self.denoiser)
+        hooks = getattr(network, "_diffusers_hook", None)
+        if hasattr(network, "_hf_hook") or (hooks is not None and hooks.get_hook("group_offloading") is not None):
+            return super()._execution_device
+        return network.device
+
     # ---- sizes and noise --------------------------------------------------------------------------------------------------------
 
     def default_size(self) -> Size:
@@ -98,12 +113,13 @@ class StockBackbone:
         return {"height": rows * self.vae_scale_factor, "width": columns * self.vae_scale_factor}
 
     def size_of(self, arguments: Mapping[str, Any]) -> Size:
-        """The size that stock arguments ask for; like the stock calls, ignores one side given without the other."""
+        """The size that stock arguments ask for; the model's own where they are silent."""
         default = self.default_size()
         height, width = arguments.get("height"), arguments.get("width")
-        both = height is not None and width is not None
+        if self.sides_together and (height is None or width is None):
+            height = width = None
         frames = arguments.get("num_frames") or default.frames
-        size = Size(height, width, frames) if both else Size(default.height, default.width, frames)
+        size = Size(default.height if height is None else height, default.width if width is None else width, frames)
         self._check_size(size)
         return size
 
@@ -119,18 +135,28 @@ class StockBackbone:
     # ---- inside the loop --------------------------------------------------------------------------------------------------------
 
     def schedule(self, steps: int | None = None, *, size: Size | None = None, repeats: bool = False, **given: Any) -> Schedule:
-        """The levels that the stock call visits; `given` may hold timesteps or sigmas. `repeats`: see schedule_of."""
+        """The levels that the stock call visits; `given` may hold timesteps, sigmas or mu. `repeats`: see schedule_of."""
         return schedule_of(self.timed_scheduler(steps, size=size, **given), repeats)
 
     def timed_scheduler(self, steps: int | None = None, *, size: Size | None = None, **given: Any) -> Any:
         """A copy of the scheduler, set as the stock call sets it; where `steps` and `given` are silent, `defaults` speak."""
         scheduled = inputs.fill_defaults({"num_inference_steps": steps, **given}, self.defaults)
         steps, timesteps, sigmas = (scheduled.get(name) for name in inputs.SCHEDULE)
-        return with_timesteps(self.scheduler, steps, self._execution_device, timesteps=timesteps, sigmas=sigmas)
+        more = self.scheduler_arguments(size or self.default_size())
+        more.update({name: value for name, value in given.items() if name not in inputs.SCHEDULE and value is not None})
+        return with_timesteps(self.scheduler, steps, self._execution_device, timesteps=timesteps, sigmas=sigmas, **more)
+
+    def scheduler_arguments(self, size: Size) -> dict[str, Any]:
+        """What else the stock call tells its scheduler when it sets the timesteps, such as the shift by size (mu)."""
+        return {}
 
     def stock_sampler(self, scheduler: Any, generators: Sequence[torch.Generator] | None = None, **arguments: Any) -> Sampler:
         """The stock loop's own arithmetic, for `rollout` along `schedule(..., repeats=True)`; scheduler: from `timed_scheduler`."""
         return StockSampler(scheduler, generators, **arguments)
+
+    def has_two_branches(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the stock call evaluates the unconditional branch too, given these stock arguments, negative_prompt among them."""
+        return (arguments.get(self.scale_argument) or 0) > 1
 
     def embedded_scale_of(self, arguments: Mapping[str, Any]) -> float | None:
         """The guidance scale that the network takes as an input, from stock arguments; None for most families."""
@@ -206,6 +232,10 @@ class StockBackbone:
             return_dict=False,
         )[0]
         return latents if output_type == "latent" else self.decode(latents, size)
+
+    def to_output(self, images: Float[Tensor, "b ..."], output_type: str) -> Any:
+        """Images in [0, 1] in the form that the stock call returns for that output_type; latents as they are, for "latent"."""
+        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
 
     def _check_noise(self, name: str, noise: Tensor, count: int, size: Size) -> None:
         expected = (count, *self.noise_shape(size))
