@@ -18,7 +18,8 @@ torch.set_num_threads(1)
 # The hook imports its checker by name, and finds no submodule of `tests` under pytest's importlib mode.
 sys.modules["shapecheck"] = tests.shapecheck
 # Add a package here once its annotations hold.
-install_import_hook(["diffalign.pipelines", "diffalign.reward_models", "diffalign.rewards"], "shapecheck.check_shapes")
+CHECKED = ["pipelines", "reward_models", "rewards", "backbone", "diffusion", "noise", "sampling"]
+install_import_hook([f"diffalign.{name}" for name in CHECKED], "shapecheck.check_shapes")
 
 
 @pytest.fixture
