@@ -20,6 +20,7 @@ class AlignedStableDiffusionPipeline(AlignedPipeline, StableDiffusionPipeline):
 
     stock_class = StableDiffusionPipeline
     denoiser = "unet"
+    sides_together = True
     search_arguments: ClassVar[frozenset[str]] = frozenset(
         {"height", "width", "num_inference_steps", "timesteps", "sigmas", "guidance_scale", "guidance_rescale", "eta"}
         | {"cross_attention_kwargs"}

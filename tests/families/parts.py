@@ -7,12 +7,21 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from tests.reward_models.tiny_tokenizers import t5_tokenizer
-from tests.tiny import WIDTH, tiny_text_encoder, tiny_tokenizer
+from tests.tiny import MAX_TOKENS, WIDTH, tiny_text_encoder, tiny_tokenizer
 
-__all__ = ["WIDTH", "autoencoder", "finish", "tiny_t5_tokenizer", "tiny_text_encoder", "tiny_tokenizer", "wake"]
+__all__ = [
+    "WIDTH",
+    "autoencoder",
+    "finish",
+    "tiny_t5_tokenizer",
+    "tiny_text_encoder",
+    "tiny_text_encoder_with_projection",
+    "tiny_tokenizer",
+    "wake",
+]
 
 
 def wake(module: nn.Module) -> nn.Module:
@@ -40,6 +49,23 @@ def tiny_t5_tokenizer(limit: int = 512) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=t5_tokenizer(), model_max_length=limit, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
+
+
+def tiny_text_encoder_with_projection(vocabulary: int, width: int = WIDTH, projection: int = WIDTH) -> CLIPTextModelWithProjection:
+    """Two layers, since the families that use it read the penultimate state."""
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+    return CLIPTextModelWithProjection(config)
 
 
 def finish(modules: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
