@@ -72,17 +72,17 @@ class AdaptiveGuidance(Guidance):
             raise ValueError(f"decision must be 'per_sample' or 'all', got {self.decision!r}.")
         check_refresh(self.refresh)
 
-    def begin(self, run: GuidanceRun) -> Latch:
+    def begin(self, run: GuidanceRun) -> LatchPolicy:
         threshold = self.threshold
         if threshold is None:
             threshold = run.cosine_threshold
         if threshold is None:
             threshold = FALLBACK_THRESHOLD
             logger.warning("no threshold is calibrated for this model; stopping guidance at a cosine of %g; pass threshold=", threshold)
-        return Latch(self, run, threshold, resolve_space(self.space, run.prediction))
+        return LatchPolicy(self, run, threshold, resolve_space(self.space, run.prediction))
 
 
-class Latch:
+class LatchPolicy:
     """One trajectory's policy: which samples are still guided.
 
     diagnostics, for each sample: "cosine", one value for each step that evaluated both branches; "settled_after", the number of steps
@@ -123,7 +123,7 @@ class Latch:
             self._keep(rows, (seen_c - u).detach())
         return c, filled
 
-    def switch(self) -> None:
+    def network_changed(self) -> None:
         """A latch stays: it says that the image is settled, which another network does not undo. A streak and a difference do not."""
         self.streak = [0] * self.run.samples
         self.fresh_until = [0] * self.run.samples

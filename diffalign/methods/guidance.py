@@ -80,7 +80,7 @@ class Guidance:
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
 
-class Planned:
+class PlannedPolicy:
     """A policy whose steps are fixed beforehand and which guides no further where there is no second evaluation.
 
     branches: one for each step. Subclasses override `estimate`.
@@ -109,7 +109,7 @@ class Planned:
         """The unconditional prediction where only the conditional one was evaluated; c itself is no guidance."""
         return c
 
-    def switch(self) -> None:
+    def network_changed(self) -> None:
         """Nothing is remembered."""
 
 

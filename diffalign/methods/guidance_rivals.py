@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffalign.guidance import Branch, GuidanceRun
 from diffalign.methods.checks import check_integer, check_number
-from diffalign.methods.guidance import Guidance, Planned, leading
+from diffalign.methods.guidance import Guidance, PlannedPolicy, leading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,9 @@ class FixedFraction(Guidance):
     def __post_init__(self) -> None:
         check_number("fraction", self.fraction, 0.0, 1.0)
 
-    def begin(self, run: GuidanceRun) -> Planned:
+    def begin(self, run: GuidanceRun) -> PlannedPolicy:
         guided = leading(self.fraction, run.steps)
-        return Planned(run, ["both" if step < guided else "conditional" for step in range(run.steps)])
+        return PlannedPolicy(run, ["both" if step < guided else "conditional" for step in range(run.steps)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class IntervalGuidance(Guidance):
         if self.high != math.inf:
             check_number("high", self.high, self.low, above=True)
 
-    def begin(self, run: GuidanceRun) -> Planned:
+    def begin(self, run: GuidanceRun) -> PlannedPolicy:
         """Raises ValueError where the scheduler does not tell its noise, or no step lies in the interval."""
         if not run.noise:
             raise ValueError("interval guidance needs the noise level of every step, which this scheduler does not tell; use 'fixed'")
@@ -66,7 +66,7 @@ class IntervalGuidance(Guidance):
         if not any(inside):
             raise ValueError(f"none of the {run.steps} steps has a noise level in ({self.low:g}, {self.high:g}]; "
                              f"they run from {levels[0]:.3g} to {levels[-1]:.3g}")  # fmt: skip
-        return Planned(run, ["both" if each else "conditional" for each in inside])
+        return PlannedPolicy(run, ["both" if each else "conditional" for each in inside])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +85,17 @@ class DeltaReuse(Guidance):
         if self.refresh is not None:
             check_integer("refresh", self.refresh, 2)
 
-    def begin(self, run: GuidanceRun) -> Reuse:
+    def begin(self, run: GuidanceRun) -> ReusePolicy:
         guided = leading(self.fraction, run.steps)
 
         def branch(step: int) -> Branch:
             again = self.refresh is not None and (step - guided + 1) % self.refresh == 0
             return "both" if step < guided or again else "conditional"
 
-        return Reuse(run, [branch(step) for step in range(run.steps)])
+        return ReusePolicy(run, [branch(step) for step in range(run.steps)])
 
 
-class Reuse(Planned):
+class ReusePolicy(PlannedPolicy):
     """Remembers the last guidance difference. After a change of network it evaluates once more."""
 
     delta: Tensor | None = None
@@ -111,5 +111,5 @@ class Reuse(Planned):
     def estimate(self, step: int, x: Tensor, c: Tensor) -> Tensor:
         return c - self.delta
 
-    def switch(self) -> None:
+    def network_changed(self) -> None:
         self.delta = None

@@ -38,7 +38,7 @@ from torch import Tensor
 from diffalign.files import read_json, write_json
 from diffalign.guidance import Branch, GuidanceRun
 from diffalign.methods.checks import check_integer, check_number
-from diffalign.methods.guidance import Guidance, Planned, guided_within, require_same_identity, require_scale
+from diffalign.methods.guidance import Guidance, PlannedPolicy, guided_within, require_same_identity, require_scale
 from diffalign.noise import sample_dot
 
 UNCONDITIONAL, CONDITIONAL = 0.0, 1.0
@@ -94,11 +94,11 @@ class SearchedGuidance(Guidance):
     identity: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    def begin(self, run: GuidanceRun) -> Strengths:
+    def begin(self, run: GuidanceRun) -> StrengthsPolicy:
         known = {"timesteps": list(run.timesteps), "guidance_scale": run.guidance_scale}
         made_for = {name: self.identity[name] for name in known if name in self.identity}
         require_same_identity("the searched policy", made_for, {name: known[name] for name in made_for})
-        return Strengths(run, self)
+        return StrengthsPolicy(run, self)
 
     def settings(self) -> dict[str, Any]:
         return {"strengths": list(self.strengths)}
@@ -119,7 +119,7 @@ class SearchedGuidance(Guidance):
         return cls(tuple(strengths), data.get("identity", {}), data.get("notes", {}))
 
 
-class Strengths(Planned):
+class StrengthsPolicy(PlannedPolicy):
     def __init__(self, run: GuidanceRun, method: SearchedGuidance) -> None:
         super().__init__(run, [branch_of(strength) for strength in method.strengths])
         self.method = method
@@ -148,12 +148,12 @@ class RelaxedGuidance(Guidance):
     def settings(self) -> dict[str, Any]:
         return {}
 
-    def begin(self, run: GuidanceRun) -> Relaxed:
+    def begin(self, run: GuidanceRun) -> RelaxedPolicy:
         self.run = run
-        return Relaxed(run, self.strengths)
+        return RelaxedPolicy(run, self.strengths)
 
 
-class Relaxed(Planned):
+class RelaxedPolicy(PlannedPolicy):
     def __init__(self, run: GuidanceRun, strengths: Tensor) -> None:
         super().__init__(run, ["both"] * run.steps)
         self.strengths, self.scale = strengths, require_scale(run, "the search")

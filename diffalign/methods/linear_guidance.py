@@ -36,7 +36,7 @@ from torch import Tensor
 from diffalign.files import read_json, whole_folder, write_json
 from diffalign.guidance import Branch, GuidanceRun
 from diffalign.methods.checks import check_integer, check_number
-from diffalign.methods.guidance import Guidance, Planned, require_same_identity, require_scale
+from diffalign.methods.guidance import Guidance, PlannedPolicy, require_same_identity, require_scale
 
 TENSORS, DESCRIPTION = "linear_guidance.safetensors", "linear_guidance.json"
 
@@ -134,18 +134,18 @@ class LinearGuidance(Guidance):
 
     coefficients: LinearCoefficients
 
-    def begin(self, run: GuidanceRun) -> Predict:
+    def begin(self, run: GuidanceRun) -> LinearPolicy:
         require_scale(run, "LinearAG")
         known = {"timesteps": list(run.timesteps), "guidance_scale": run.guidance_scale}
         made_for = {name: self.coefficients.identity[name] for name in known if name in self.coefficients.identity}
         require_same_identity("the LinearAG fit", made_for, {name: known[name] for name in made_for})
-        return Predict(run, self.coefficients)
+        return LinearPolicy(run, self.coefficients)
 
     def settings(self) -> dict[str, Any]:
         return asdict(self.coefficients.settings)
 
 
-class Predict(Planned):
+class LinearPolicy(PlannedPolicy):
     """One trajectory with predicted guidance."""
 
     def __init__(self, run: GuidanceRun, coefficients: LinearCoefficients) -> None:
@@ -165,5 +165,5 @@ class Predict(Planned):
         columns = features(c.float(), self.past)
         return c - torch.tensordot(weights.to(columns.device, columns.dtype), columns, dims=1).to(c.dtype)
 
-    def switch(self) -> None:
+    def network_changed(self) -> None:
         raise ValueError("LinearAG coefficients belong to one network, and this pipeline changes its network during a run; use 'adaptive'.")

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.guidance import GuidanceRun
-from diffalign.methods.guidance import Guidance, Planned, guided_within, leading, require_same_identity, require_scale
+from diffalign.methods.guidance import Guidance, PlannedPolicy, guided_within, leading, require_same_identity, require_scale
 from diffalign.methods.linear_guidance import LinearCoefficients, LinearSettings, features
 
 logger = logging.getLogger(__name__)
@@ -109,9 +109,9 @@ class LinearFit(Guidance):
     def settings(self) -> dict[str, Any]:
         return {}
 
-    def begin(self, run: GuidanceRun) -> Collect:
+    def begin(self, run: GuidanceRun) -> CollectPolicy:
         require_scale(run, "LinearAG")
-        return Collect(self, run)
+        return CollectPolicy(self, run)
 
     def merge(self, run: GuidanceRun, fitted: Products, held_out: Products) -> None:
         """Adds a finished run."""
@@ -206,7 +206,7 @@ def influence(run: GuidanceRun) -> list[float]:
     return [h * share(a, s) for h, a, s in zip(of_epsilon, run.signal, run.noise, strict=True)]
 
 
-class Collect(Planned):
+class CollectPolicy(PlannedPolicy):
     """One run with full guidance."""
 
     def __init__(self, fit: LinearFit, run: GuidanceRun) -> None:
@@ -225,5 +225,5 @@ class Collect(Planned):
             (held_out if last else fitted).add(each)
         self.fit.merge(self.run, fitted, held_out)
 
-    def switch(self) -> None:
+    def network_changed(self) -> None:
         raise ValueError("LinearAG is fitted to one network, and this pipeline changes its network during a run; use 'adaptive'.")

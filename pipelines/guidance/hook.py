@@ -72,7 +72,7 @@ def guide(
         for name in session.layout.networks:
             if (network := getattr(pipeline, name, None)) is not None:
                 stack.enter_context(_hooked(network, session))
-        if session.layout.told_by_encoder:
+        if session.layout.guidance_from_encoder:
             stack.enter_context(_watched_encoder(pipeline, session))
         yield session.guided
         session.close()
@@ -269,7 +269,7 @@ class Session:
             raise ValueError(f"the number of samples changed from {self.run.samples} to {len(x)} during a run")
         if network is not self.network:
             self.network = network
-            self.policy.switch()
+            self.policy.network_changed()
 
     def _begin(
         self, network: nn.Module, timesteps: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], negative: Tensor | None
@@ -319,7 +319,7 @@ class Session:
             self._finish()
 
     def _guidance_is_on(self) -> bool:
-        return bool(self.told if self.layout.told_by_encoder else self.pipeline.do_classifier_free_guidance)
+        return bool(self.told if self.layout.guidance_from_encoder else self.pipeline.do_classifier_free_guidance)
 
     def _guidance_off(self) -> str:
         name, method = type(self.pipeline).__name__, self.method.name

@@ -13,24 +13,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Layout:
-    """networks: the pipeline's components that denoise, where present. two_calls: the branches are two calls of the network, in the cache
-    contexts "cond" and then "uncond"; otherwise one call on twice the batch. conditional_first: the order in that batch.
-    scale: the pipeline's attribute that holds the guidance scale during a call; None where it is a local variable of the call.
-    told_by_encoder: whether guidance is on is known from what `encode_prompt` is told, for want of the usual property.
-    time_factor: the network is given the scheduler's timestep times this.
-    """
+    """How a stock loop calls its network under guidance."""
 
     networks: tuple[str, ...] = ("transformer",)
+    """The pipeline's components that denoise, where present."""
     two_calls: bool = False
+    """The branches are two calls, in the cache contexts "cond" and then "uncond"; otherwise one call on twice the batch."""
     conditional_first: bool = False
+    """The order in that batch."""
     scale: str | None = "guidance_scale"
-    told_by_encoder: bool = False
+    """The pipeline's attribute that holds the guidance scale during a call; None where it is a local variable of the call."""
+    guidance_from_encoder: bool = False
+    """Whether guidance is on is known from what `encode_prompt` is told, for want of the usual property."""
     time_factor: float = 1.0
+    """The network is given the scheduler's timestep times this."""
 
 
 UNET = Layout(networks=("unet",))
 TRANSFORMER = Layout()
-PIXART = Layout(scale=None, told_by_encoder=True)
+PIXART = Layout(scale=None, guidance_from_encoder=True)
 FLUX = Layout(two_calls=True, scale=None, time_factor=1e-3)  # its guidance_scale is an input of the network, another thing
 WAN = Layout(networks=("transformer", "transformer_2"), two_calls=True)
 

@@ -72,7 +72,7 @@ def test_its_loop_is_the_stock_loop(row, shared):
 
 def test_methods_run_on_it(row, shared, monkeypatch, caplog):
     monkeypatch.setattr(layouts, "LAYOUTS", {
-        **layouts.LAYOUTS, "AuraFlowPipeline": layouts.Layout(scale=None, told_by_encoder=True, time_factor=1e-3)
+        **layouts.LAYOUTS, "AuraFlowPipeline": layouts.Layout(scale=None, guidance_from_encoder=True, time_factor=1e-3)
     })  # fmt: skip
     contract.test_adaptive_guidance_runs(row, shared)
     for method in ("reno", "best-of-n"):

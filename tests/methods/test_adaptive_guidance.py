@@ -106,11 +106,11 @@ def test_a_change_of_network_breaks_a_streak_but_not_a_latch():
     policy = AdaptiveGuidance(threshold=0.5, warm_up=0.0, patience=2).begin(run_of(2))
     c, u = at_angle(0, 0)
     policy.complete(0, c, c, u)
-    policy.switch()
+    policy.network_changed()
     policy.complete(1, c, c, u)
     assert policy.plan(2) == ["both", "both"]
     policy.complete(2, c, c, u)
-    policy.switch()
+    policy.network_changed()
     assert policy.plan(3) == ["conditional", "conditional"]
 
 
@@ -154,7 +154,7 @@ def test_a_change_of_network_makes_the_difference_old():
     c, u = at_angle(0, 0)
     policy.complete(0, c, c, u)
     assert policy.plan(1) == ["conditional"] * 2
-    policy.switch()
+    policy.network_changed()
     assert policy.plan(1) == ["both"] * 2
     policy.complete(1, c, c, u)
     assert policy.plan(2) == ["conditional"] * 2

@@ -51,7 +51,7 @@ def test_reuse_keeps_the_last_difference():
     new_c, new_u = policy.complete(2, c, c + 10, c[:0])
     assert torch.equal(new_c, c + 10)
     assert torch.equal(new_u, c + 10 - 2)
-    policy.switch()
+    policy.network_changed()
     assert policy.plan(3) == ["both", "both"]
 
 

@@ -306,7 +306,7 @@ def test_fitting_is_refused_where_it_cannot_be():
     with pytest.raises(ValueError, match="above 1"):
         Toy(scale=1.0).run(LinearFit())
     with pytest.raises(ValueError, match="belong to one network"):
-        Toy(steps=8).run(LinearGuidance(fit.solve()))[2].switch()
+        Toy(steps=8).run(LinearGuidance(fit.solve()))[2].network_changed()
 
 
 @pytest.mark.parametrize(
