@@ -208,6 +208,7 @@ def test_the_choices_are_those_of_the_table(client):
     info = client.view_api(return_format="dict")["named_endpoints"]["/generate"]
     parameters = {each["parameter_name"]: each for each in info["parameters"]}
     assert list(parameters) == ["prompt", *ENDPOINT]
+    assert [each["label"] for each in info["returns"][:2]] == ["Before", "After"]
     assert parameters["method"]["type"]["enum"] == [*names("noise"), "none"]
 
 

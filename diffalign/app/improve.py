@@ -101,8 +101,8 @@ def build_app(
                     sliders = [gr.Slider(-1, 2, DEFAULT_REWARD.get(name, 0.0), step=0.1, label=name) for name in rewards]
             with gr.Column(scale=7, min_width=420):
                 with gr.Row():
-                    before, after = (gr.HTML(pictures.picture(None, name), min_height=120) for name in ("Before", "After"))
-                status = gr.Markdown("Press **Generate**.", elem_id="status")
+                    before, after = (gr.HTML(pictures.picture(None, name), label=name, show_label=False) for name in ("Before", "After"))
+                status = gr.Markdown("Press **Generate**.", label="Status", elem_id="status")
                 # without a height: a fixed one cuts the legend off
                 plot = gr.LinePlot(x="evaluation", y="gain", color="reward", y_title="gain", label="Rewards of the best image so far")
         gr.Examples([[example] for example in EXAMPLES], inputs=[prompt], label="Prompts to try")
@@ -130,7 +130,7 @@ def with_named_weights(handler: Callable[..., Any], rewards: Sequence[str]) -> C
 
 def methods_hint() -> str:
     """What each search does, from the table of methods."""
-    return "\n".join(f"{row.name}: {row.summary}." for row in METHODS if row.kind == NOISE)
+    return " ".join(f"{row.name}: {row.summary}." for row in METHODS if row.kind == NOISE)
 
 
 def check(prompt: str, budget: float, seed: float, weights: Sequence[float]) -> tuple[int, int]:
