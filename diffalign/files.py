@@ -1,17 +1,31 @@
-"""Files and folders that are either whole or absent: written under a temporary name beside the final one, then renamed.
+"""Files and folders: where the package's own lie, and reading and writing that leaves them whole or absent.
 
-A run killed at any moment leaves at worst a hidden temporary, `.partial-...`, which nothing reads.
+Written under a temporary name beside the final one, then renamed: a run killed at any moment leaves at
+worst a hidden temporary, `.partial-...`, which nothing reads.
 """
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+PACKAGE = "package:"  # begins the name of a place inside the installed diffalign package
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""A repository of the Hugging Face Hub: "org/name"."""
+
+
+def packaged_path(where: str) -> Path | None:
+    """The path of "package:shapes/weights/shapes-clip" inside the diffalign package; None for any other place."""
+    if not where.startswith(PACKAGE):
+        return None
+    return Path(str(importlib.resources.files("diffalign").joinpath(*where.removeprefix(PACKAGE).split("/"))))
 
 
 @contextmanager
@@ -52,12 +66,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Raises ValueError naming the file where it does not hold JSON."""
+def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
+    """What a JSON file holds; with `keys`, an object that has them. Raises ValueError naming the file otherwise."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} does not hold valid JSON ({error}); delete it and run again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); make or copy it again") from error
+    if keys and not (isinstance(content, dict) and all(key in content for key in keys)):
+        raise ValueError(f"{path} must be a JSON object with the keys {', '.join(keys)}")
+    return content
 
 
 @contextmanager

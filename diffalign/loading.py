@@ -6,10 +6,10 @@ Folders and weights are checked by pipelines/integrity.py, before anything heavy
 from __future__ import annotations
 
 import importlib
-import importlib.resources
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from diffalign.files import HUB_ID, packaged_path
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from diffalign.pipelines.aligned import AlignedPipeline
     from diffalign.pipelines.preset import Component, Family, Preset
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ATTENTIONS = ("sdpa", "xformers")
 OFFLOADS = ("text", "all")
 
@@ -125,11 +124,7 @@ def _dtype(dtype: Any, device: torch.device, preset: Preset | None) -> torch.dty
 
 def _packaged_path(preset: Preset) -> Path | None:
     """Where a preset of the package's own has its weights; None for one of the Hub's."""
-    from diffalign.pipelines import presets
-
-    if not preset.source.startswith(presets.PACKAGED):
-        return None
-    return Path(str(importlib.resources.files("diffalign").joinpath(*preset.source.removeprefix(presets.PACKAGED).split("/"))))
+    return packaged_path(preset.source)
 
 
 def _preset_of_folder(folder: Path) -> Preset | None:

@@ -9,7 +9,6 @@ million of them on one CPU core.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +30,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a pipeline in diffusers layout: it has no model_index.json")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    index = read_json(path)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{path} names no pipeline class (_class_name); it was not written by save_pretrained")
     return index

@@ -11,10 +11,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
+from diffalign.files import PACKAGE as PACKAGED
 from diffalign.pipelines.preset import Component, Family, Preset
-
-PACKAGED = "package:"  # a source inside the installed `diffalign` package rather than on the Hub
-
 
 FAMILIES: Mapping[str, Family] = {
     "stable-diffusion": Family("StableDiffusionPipeline", "stable_diffusion", {"safety_checker": None, "requires_safety_checker": False}),

@@ -20,6 +20,7 @@ from diffalign.reward_models.table import SPECS
 
 if TYPE_CHECKING:
     import torch
+
     from diffalign.reward_models.base import RewardModel
 
 __all__ = ["DTYPES", "NAMES", "SPECS", "Spec", "load", "spec_of"]

@@ -15,15 +15,17 @@ import itertools
 from collections.abc import Mapping
 
 import torch.nn.functional as F
-from diffalign.reward_models.base import Images, RewardModel, Scores
-from diffalign.reward_models.checkpoints import load_strict, read_json, read_weights, weights_file
-from diffalign.reward_models.clip_files import OPENAI_MEAN, OPENAI_STD, TRANSFORMERS_WEIGHTS, built, load_clip, place_of, width_of
-from diffalign.reward_models.pixels import Preprocess
-from diffalign.reward_models.sources import Source
-from diffalign.reward_models.spec import Spec
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from diffalign.files import read_json
+from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.checkpoints import collapse, load_strict, read_weights, weights_file
+from diffalign.reward_models.clip_files import TRANSFORMERS_WEIGHTS, built, load_clip, place_of, width_of
+from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 
 WIDTHS = (1024, 128, 64, 16, 1)
 LAION_LAYERS = (0, 2, 4, 6, 7)  # places of the linear layers in their nn.Sequential; dropout lies between
@@ -80,14 +82,4 @@ def read_head(source: Source, file: str, prefix: str, places: tuple[int, ...], w
         layers[place] = nn.Linear(inside, outside)
     path = source.file(file)
     load_strict(nn.ModuleDict({prefix: (published := nn.Sequential(*layers))}), read_weights(path), path)
-    return multiply_out([layer for layer in published if isinstance(layer, nn.Linear)])
-
-
-def multiply_out(layers: list[nn.Linear]) -> nn.Linear:
-    """One linear layer equal to several in a row."""
-    weight, bias = layers[0].weight.double(), layers[0].bias.double()
-    for layer in layers[1:]:
-        weight, bias = layer.weight.double() @ weight, layer.weight.double() @ bias + layer.bias.double()
-    head = nn.Linear(weight.shape[1], weight.shape[0])
-    head.load_state_dict({"weight": weight.float(), "bias": bias.float()})
-    return head
+    return collapse([layer for layer in published if isinstance(layer, nn.Linear)])

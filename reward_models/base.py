@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffalign.reward_models.spec import Spec
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffalign.reward_models.spec import Spec
 from diffalign.types import Images, Scores
 
 logger = logging.getLogger(__name__)

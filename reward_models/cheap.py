@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 
 import torch
-from diffalign.reward_models.base import Images, RewardModel, Scores
-from diffalign.reward_models.spec import Spec
 from PIL import Image
 from torch import Tensor
+
+from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.spec import Spec
 
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709, taken on the encoded values as they are
 
@@ -18,8 +19,7 @@ class JPEGSize(RewardModel):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        options = dict(spec.options)
-        self.sign, self.quality = int(options["sign"]), int(options["quality"])
+        self.sign, self.quality = int(spec.options["sign"]), int(spec.options["quality"])
 
     @torch.no_grad()
     def score(self, images: Images, texts: Tensor | None) -> Scores:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from diffalign.reward_models.sources import Source
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from diffalign.files import read_json
+from diffalign.reward_models.sources import Source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -119,15 +120,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where it is none or lacks one of `keys`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict) or any(key not in content for key in keys):
-        raise ValueError(f"{path} must be a JSON object with the keys {', '.join(keys)}")
-    return content
+def collapse(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """One linear layer equal to several without activations between them, multiplied out in float64."""
+    weight, bias = layers[0].weight.double(), layers[0].bias.double()
+    for layer in layers[1:]:
+        weight, bias = layer.weight.double() @ weight, layer.weight.double() @ bias + layer.bias.double()
+    one = nn.Linear(weight.shape[1], weight.shape[0])
+    one.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return one
 
 
 def read_tokenizer(source: Source) -> CLIPTokenizer:

@@ -12,15 +12,16 @@ from typing import Any
 
 import open_clip
 import torch
-from diffalign.reward_models.checkpoints import load_strict, read_json, read_weights, weights_file, without_weights
-from diffalign.reward_models.clip_text import LENGTH, VOCABULARY
-from diffalign.reward_models.pixels import Preprocess
-from diffalign.reward_models.sources import Source
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # also LAION's H/14 and bigG/14
+from diffalign.files import read_json
+from diffalign.reward_models.checkpoints import load_strict, read_weights, weights_file, without_weights
+from diffalign.reward_models.clip_text import LENGTH, VOCABULARY
+from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
+from diffalign.reward_models.sources import Source
+
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 OPEN_CLIP_TEXT = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")

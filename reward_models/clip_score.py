@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jaxtyping import Float
+from torch import Tensor
+
 from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
 from diffalign.reward_models.clip_files import load_clip, place_of, text_modules
 from diffalign.reward_models.clip_text import open_clip_tokens
 from diffalign.reward_models.sources import Source
 from diffalign.reward_models.spec import Spec
-from jaxtyping import Float
-from torch import Tensor
 
 
 class CLIPScore(RewardModel):
@@ -26,7 +27,7 @@ class CLIPScore(RewardModel):
 
     def __init__(self, spec: Spec, sources: Mapping[str, Source]) -> None:
         super().__init__(spec)
-        self.clip, self.pixels = load_clip(sources["model"], quick_gelu=bool(dict(spec.options).get("quick_gelu", 0)))
+        self.clip, self.pixels = load_clip(sources["model"], quick_gelu=bool(spec.options.get("quick_gelu", 0)))
         self.text_modules = text_modules(self.clip, "clip")
         self.train(False)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 
 import open_clip.tokenizer
-from diffalign.reward_models.checkpoints import tokenize
 from jaxtyping import Int
 from torch import Tensor
 from transformers import CLIPTokenizer
+
+from diffalign.reward_models.checkpoints import tokenize
 
 LENGTH, VOCABULARY = 77, 49408
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import open_clip
-from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
-from diffalign.reward_models.checkpoints import load_strict, read_weights, without_weights
-from diffalign.reward_models.clip_files import OPEN_CLIP_TEXT, OPENAI_MEAN, OPENAI_STD, place_of
-from diffalign.reward_models.clip_text import open_clip_tokens
-from diffalign.reward_models.pixels import Preprocess
-from diffalign.reward_models.sources import Source
-from diffalign.reward_models.spec import Spec
 from jaxtyping import Float
 from torch import Tensor
+
+from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
+from diffalign.reward_models.checkpoints import load_strict, read_weights, without_weights
+from diffalign.reward_models.clip_files import OPEN_CLIP_TEXT, place_of
+from diffalign.reward_models.clip_text import open_clip_tokens
+from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 
 
 class HPS(RewardModel):
@@ -31,10 +32,9 @@ class HPS(RewardModel):
 
     def __init__(self, spec: Spec, sources: Mapping[str, Source]) -> None:
         super().__init__(spec)
-        options = dict(spec.options)
-        config = open_clip.get_model_config(str(options["architecture"]))
+        config = open_clip.get_model_config(str(spec.options["architecture"]))
         self.clip = without_weights(lambda: open_clip.CLIP(**config))
-        path = sources["model"].file(str(options["file"]))
+        path = sources["model"].file(str(spec.options["file"]))
         load_strict(self.clip, read_weights(path, None), path)
         self.pixels = Preprocess(config["vision_cfg"]["image_size"], OPENAI_MEAN, OPENAI_STD, "longest+pad")
         self.train(False)

@@ -21,16 +21,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Qwen2VLConfig, Qwen2VLModel
+
+from diffalign.files import read_json
 from diffalign.reward_models.base import Images, RewardModel, Scores, check_call
-from diffalign.reward_models.checkpoints import load_strict, read_json, read_weights, weights_file, without_weights
+from diffalign.reward_models.checkpoints import load_strict, read_weights, weights_file, without_weights
 from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD
 from diffalign.reward_models.qwen_pixels import QwenPixels
 from diffalign.reward_models.qwen_text import last, pad, read_chat, show
 from diffalign.reward_models.sources import Source
 from diffalign.reward_models.spec import Spec
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLModel
 
 REWARD = "<|Reward|>"
 PIXELS = 256 * 28 * 28

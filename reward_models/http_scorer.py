@@ -22,11 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import torch
+from PIL import Image
+from torch import Tensor
+
 from diffalign.reward_models.base import RewardModel, Scores, check_call, check_prompts
 from diffalign.reward_models.sources import Source
 from diffalign.reward_models.spec import Spec
-from PIL import Image
-from torch import Tensor
 
 MOST_BYTES = 1 << 24  # of a reply
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP's own words for "later"

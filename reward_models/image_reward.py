@@ -20,14 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffalign.reward_models.base import Images, RewardModel, Scores
-from diffalign.reward_models.checkpoints import load_strict, read_plain_tokenizer, read_weights, report_cut, without_weights
-from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
-from diffalign.reward_models.sources import Source
-from diffalign.reward_models.spec import Spec
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.checkpoints import collapse, load_strict, read_plain_tokenizer, read_weights, report_cut, without_weights
+from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 
 TOKENS = 35  # with [CLS] and [SEP]
 HEAD_WIDTH = 64
@@ -135,13 +136,3 @@ def _empty(tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max(int(match[1]) for name in tensors if (match := re.match(pattern, name)))
-
-
-def collapse(layers: list[nn.Linear]) -> nn.Linear:
-    """One linear layer equal to several without activations between them, multiplied out in float64."""
-    weight, bias = torch.eye(layers[0].in_features, dtype=torch.float64), torch.zeros(layers[0].in_features, dtype=torch.float64)
-    for layer in layers:
-        weight, bias = layer.weight.double() @ weight, layer.weight.double() @ bias + layer.bias.double()
-    one = nn.Linear(weight.shape[1], weight.shape[0])
-    one.load_state_dict({"weight": weight.float(), "bias": bias.float()})
-    return one

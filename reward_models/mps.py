@@ -19,16 +19,17 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
-from diffalign.reward_models.checkpoints import load_strict, read_weights, weights_file, without_weights
-from diffalign.reward_models.clip_files import OPENAI_MEAN, OPENAI_STD, POSITION_IDS, TRANSFORMERS_TEXT, clip_config
-from diffalign.reward_models.clip_text import transformers_tokens
-from diffalign.reward_models.pixels import Preprocess
-from diffalign.reward_models.sources import Source
-from diffalign.reward_models.spec import Spec
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import CLIPModel
+
+from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
+from diffalign.reward_models.checkpoints import load_strict, read_weights, weights_file, without_weights
+from diffalign.reward_models.clip_files import POSITION_IDS, TRANSFORMERS_TEXT, clip_config
+from diffalign.reward_models.clip_text import transformers_tokens
+from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 
 OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "
@@ -50,7 +51,7 @@ class MPS(RewardModel):
 
     def __init__(self, spec: Spec, sources: Mapping[str, Source]) -> None:
         super().__init__(spec)
-        config = clip_config(str(dict(spec.options)["architecture"]))
+        config = clip_config(str(spec.options["architecture"]))
         self.clip = without_weights(lambda: CLIPModel(config))
         self.cross = without_weights(lambda: CrossModel(config.projection_dim))
         path = weights_file(sources["model"], "model.safetensors")

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
-from diffalign.reward_models.clip_files import OPENAI_MEAN, OPENAI_STD, TRANSFORMERS_TEXT, check_vocabulary, load_transformers_clip
-from diffalign.reward_models.clip_text import transformers_tokens
-from diffalign.reward_models.pixels import Preprocess
-from diffalign.reward_models.sources import Source
-from diffalign.reward_models.spec import Spec
 from jaxtyping import Float
 from torch import Tensor
+
+from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
+from diffalign.reward_models.clip_files import TRANSFORMERS_TEXT, check_vocabulary, load_transformers_clip
+from diffalign.reward_models.clip_text import transformers_tokens
+from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 
 
 class PickScore(RewardModel):

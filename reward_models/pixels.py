@@ -17,7 +17,7 @@ from diffalign.types import Images
 Resized = Float[Tensor, "b 3 height width"]
 Square = Float[Tensor, "b 3 size size"]
 
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, and of most that follow it
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, LAION's, BLIP's
 GEOMETRIES = ("shortest+crop", "longest+pad", "squash", "square+mean")
 
 

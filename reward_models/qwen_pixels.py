@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffalign.reward_models.checkpoints import read_json
-from diffalign.reward_models.pixels import resize
 from jaxtyping import Float
 from torch import Tensor
 
+from diffalign.files import read_json
+from diffalign.reward_models.pixels import resize
 from diffalign.types import Images
 
 MOST_ASPECT = 200  # the original refuses thinner images

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from diffalign.reward_models.checkpoints import read_json, report_cut
-from diffalign.reward_models.sources import Source
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+
+from diffalign.files import read_json
+from diffalign.reward_models.checkpoints import report_cut
+from diffalign.reward_models.sources import Source
 
 PROMPT_TOKENS = 2048  # of one prompt; the models would read more, at a cost that grows with the square
 PADDING = -1

@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
 from diffalign.reward_models.base import Images, RewardModel, Scores
 from diffalign.reward_models.clip_files import load_clip, place_of, text_modules
 from diffalign.reward_models.clip_text import open_clip_tokens
 from diffalign.reward_models.sources import Source
 from diffalign.reward_models.spec import Spec
-from jaxtyping import Float
-from torch import Tensor, nn
 
 PLEASANT = ("amusement", "awe", "contentment", "excitement")
 UNPLEASANT = ("anger", "disgust", "fear", "sadness")

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import open_clip
+from torch import Tensor, nn
+
+from diffalign.files import read_json
 from diffalign.reward_models.base import Images, RewardModel, Scores
-from diffalign.reward_models.checkpoints import load_strict, read_json, read_weights
+from diffalign.reward_models.checkpoints import load_strict, read_weights
 from diffalign.reward_models.clip_files import load_open_clip
 from diffalign.reward_models.sources import Source
 from diffalign.reward_models.spec import Spec
-from torch import Tensor, nn
 
 KEYS = ("features", "width", "patches", "channels", "hidden")
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jaxtyping import Float
+from torch import Tensor
+
 from diffalign.reward_models.base import Images, RewardModel, Scores, cosine
 from diffalign.reward_models.checkpoints import read_tokenizer, tokenize
 from diffalign.reward_models.clip_files import OPEN_CLIP_TEXT, load_open_clip
 from diffalign.reward_models.sources import Source
 from diffalign.reward_models.spec import Spec
-from jaxtyping import Float
-from torch import Tensor
 
 
 class ShapesCLIP(RewardModel):

@@ -16,8 +16,9 @@ from pathlib import Path
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffalign.files import read_json
 from diffalign.reward_models.base import Images, RewardModel, Scores
-from diffalign.reward_models.checkpoints import load_strict, read_json, read_tokenizer, read_weights, tokenize
+from diffalign.reward_models.checkpoints import load_strict, read_tokenizer, read_weights, tokenize
 from diffalign.reward_models.pixels import Preprocess
 from diffalign.reward_models.shapes_captioner import SIZE, Captioner, CaptionerConfig
 from diffalign.reward_models.sources import Source

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor
 
+from diffalign.files import read_json
 from diffalign.reward_models.base import Images, RewardModel, Scores
-from diffalign.reward_models.checkpoints import load_strict, read_json, read_tokenizer, read_weights, tokenize
+from diffalign.reward_models.checkpoints import load_strict, read_tokenizer, read_weights, tokenize
 from diffalign.reward_models.pixels import Preprocess
 from diffalign.reward_models.shapes_film import SIZE, FilmConfig, FilmScorer
 from diffalign.reward_models.sources import Source

@@ -8,15 +8,14 @@ anything else                           a local folder, or one local file
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from diffalign.files import HUB_ID, PACKAGE, packaged_path
 from diffalign.reward_models.spec import Spec
 
-PACKAGE = "package:"
-HUB = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>.+))?")
+HUB = re.compile(rf"(?P<repository>{HUB_ID.pattern})(:(?P<file>.+))?")
 
 
 class Source:
@@ -59,8 +58,9 @@ class Source:
 
     def _local(self) -> Path | None:
         """The local path, None for a Hub repository. A local path wins over a repository of the same name."""
-        if self.where.startswith(PACKAGE):
-            return Path(str(importlib.resources.files("diffalign").joinpath(*self.where.removeprefix(PACKAGE).split("/"))))
+        packaged = packaged_path(self.where)
+        if packaged is not None:
+            return packaged
         path = Path(self.where).expanduser()
         return path if path.exists() or HUB.fullmatch(self.where) is None else None
 

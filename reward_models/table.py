@@ -71,7 +71,7 @@ SPECS: dict[str, Spec] = {
         unit="100 x cosine",
         checkpoint={"model": "timm/vit_large_patch14_clip_224.openai"},
         memory=1.71,
-        options=(("quick_gelu", 1),),
+        options={"quick_gelu": 1},
     ),
     "clip-h14": Spec(
         name="clip-h14",
@@ -112,7 +112,7 @@ SPECS: dict[str, Spec] = {
         unit="cosine; the paper prints 100 x cosine",
         checkpoint={"model": "xswu/HPSv2"},
         memory=3.94,
-        options=(("file", "HPS_v2_compressed.pt"), ("architecture", "ViT-H-14")),
+        options={"file": "HPS_v2_compressed.pt", "architecture": "ViT-H-14"},
     ),
     "hpsv2.1": Spec(
         name="hpsv2.1",
@@ -123,7 +123,7 @@ SPECS: dict[str, Spec] = {
         unit="cosine; the paper prints 100 x cosine",
         checkpoint={"model": "xswu/HPSv2"},
         memory=3.94,
-        options=(("file", "HPS_v2.1_compressed.pt"), ("architecture", "ViT-H-14")),
+        options={"file": "HPS_v2.1_compressed.pt", "architecture": "ViT-H-14"},
     ),
     "laion-aesthetic-v2": Spec(
         name="laion-aesthetic-v2",
@@ -164,7 +164,7 @@ SPECS: dict[str, Spec] = {
         unit="exp(logit scale) x cosine: nats of log-odds between two images of one prompt",
         checkpoint={"model": "RE-N-Y/mpsv1"},
         memory=4.42,
-        options=(("architecture", "ViT-H-14"),),
+        options={"architecture": "ViT-H-14"},
     ),
     "image-reward": Spec(
         name="image-reward",
@@ -239,7 +239,7 @@ SPECS: dict[str, Spec] = {
         unit="minus kilobytes as JPEG of quality 95",
         differentiable=False,
         needs_prompt=False,
-        options=(("sign", -1), ("quality", 95)),
+        options={"sign": -1, "quality": 95},
     ),
     "jpeg-incompressibility": Spec(
         name="jpeg-incompressibility",
@@ -250,7 +250,7 @@ SPECS: dict[str, Spec] = {
         unit="kilobytes as JPEG of quality 95",
         differentiable=False,
         needs_prompt=False,
-        options=(("sign", 1), ("quality", 95)),
+        options={"sign": 1, "quality": 95},
     ),
     "brightness": Spec(
         name="brightness",

@@ -17,16 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffalign.reward_models.base import Images, RewardModel, Scores, check_call
-from diffalign.reward_models.checkpoints import read_json, weights_file
-from diffalign.reward_models.qwen_pixels import read_qwen_pixels
-from diffalign.reward_models.qwen_text import Chat, float_linear, last, pad, read_chat, show
-from diffalign.reward_models.sources import Source
-from diffalign.reward_models.spec import Spec
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+
+from diffalign.files import read_json
+from diffalign.reward_models.base import Images, RewardModel, Scores, check_call
+from diffalign.reward_models.checkpoints import weights_file
+from diffalign.reward_models.qwen_pixels import read_qwen_pixels
+from diffalign.reward_models.qwen_text import Chat, float_linear, last, pad, read_chat, show
+from diffalign.reward_models.sources import Source
+from diffalign.reward_models.spec import Spec
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # a chat with one image, patches as qwen_pixels.py cuts them
 QUESTION = 'Does this image show "{}"? Please answer yes or no.'

@@ -19,23 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+
+from diffalign.files import read_json
 from diffalign.reward_models.base import Images, RewardModel, Scores
-from diffalign.reward_models.checkpoints import (
-    load_strict,
-    read_json,
-    read_plain_tokenizer,
-    read_weights,
-    report_cut,
-    weights_file,
-    without_weights,
-)
+from diffalign.reward_models.checkpoints import load_strict, read_plain_tokenizer, read_weights, report_cut, weights_file, without_weights
 from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
 from diffalign.reward_models.qwen_text import float_linear, pad
 from diffalign.reward_models.sources import Source
 from diffalign.reward_models.spec import Spec
-from jaxtyping import Int
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
 SYSTEM = (  # of the conversations CLIP-FlanT5 was tuned on, LLaVA's
     "A chat between a curious user and an artificial intelligence assistant. "

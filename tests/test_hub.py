@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diffalign
-from diffalign import hub, loading
+from diffalign import loading
 from diffalign.pipelines import presets
 from diffalign.pipelines.families.stable_diffusion import AlignedStableDiffusionPipeline
 
@@ -206,7 +206,7 @@ def damage_shard(folder):
     ("damage", "error", "message"),
     [
         (damage_index, FileNotFoundError, "model is not a pipeline in diffusers layout: it has no model_index.json"),
-        (damage_index_text, ValueError, "model/model_index.json is not readable as JSON"),
+        (damage_index_text, ValueError, "model/model_index.json is not valid JSON"),
         (damage_class, ValueError, r"is a KolorsPipeline, which is not supported; supported are StableDiffusionPipeline"),
         (damage_component, FileNotFoundError, "has no folder vae, which its model_index.json lists"),
         (damage_missing_weights, FileNotFoundError, r"model/unet holds no weight file \(\*.safetensors\)$"),

@@ -80,7 +80,7 @@ def one(spec: Any, width: int) -> str:
         "prompt": "needed" if spec.needs_prompt else "changes nothing",
         "memory": f"{memory(spec)} of weights in {spec.dtype}" if spec.checkpoint else "no weights",
         **{f"weights, {part}" if len(spec.checkpoint) > 1 else "weights": place for part, place in spec.checkpoint.items()},
-        **{name: str(value) for name, value in spec.options},
+        **{name: str(value) for name, value in spec.options.items()},
         "class": spec.target,
     }
     indent = max(map(len, named)) + 2

@@ -10,13 +10,13 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from diffalign.reward_models.aesthetic import multiply_out
-from diffalign.reward_models.mps import OVERALL, related, rotate
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from diffalign import reward_models
+from diffalign.reward_models.checkpoints import collapse
+from diffalign.reward_models.mps import OVERALL, related, rotate
 from tests.reward_models import tiny_clips
 from tests.reward_models.conftest import PROMPTS
 from tests.reward_models.test_pixels import photo, tensor_of
@@ -110,7 +110,7 @@ def test_the_logit_scale_is_not_rounded_with_the_backbone(load):
 def test_hps_is_the_plain_cosine_of_open_clips_model(weights, load, small, name):
     """The published code: the state dict into the architecture, features normalised, their product without logit scale."""
     model = open_clip.create_model("tiny-h", pretrained=None)
-    file = weights / name / dict(reward_models.SPECS[name].options)["file"]
+    file = weights / name / reward_models.SPECS[name].options["file"]
     model.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
     image, text = model.eval()(normalised(small), open_clip.tokenize(PROMPTS))[:2]
     torch.testing.assert_close(load(name)(small, PROMPTS), (image @ text.T).diagonal(), **EXACT)
@@ -179,10 +179,10 @@ def test_multiplied_out_layers_are_the_layers():
     by_hand = [nn.Linear(1, 1), nn.Linear(1, 1)]
     for layer, (weight, bias) in zip(by_hand, ((3.0, 1.0), (2.0, -1.0)), strict=True):
         layer.load_state_dict({"weight": torch.tensor([[weight]]), "bias": torch.tensor([bias])})
-    assert multiply_out(by_hand)(torch.tensor([[0.5]])).item() == 4.0
+    assert collapse(by_hand)(torch.tensor([[0.5]])).item() == 4.0
     layers = [nn.Linear(a, b) for a, b in itertools.pairwise((768, *tiny_clips.HEAD_WIDTHS))]
     x = torch.randn(5, 768, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(multiply_out(layers)(x), nn.Sequential(*layers)(x), **EXACT)
+    torch.testing.assert_close(collapse(layers)(x), nn.Sequential(*layers)(x), **EXACT)
 
 
 @pytest.mark.parametrize("name", ["laion-aesthetic-v2", "aesthetic-v2.5", "shapes-aesthetic"])

@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import torch
-from diffalign.reward_models.image_reward import collapse
 from torch import nn
 
+from diffalign.reward_models.checkpoints import collapse
 from tests.reward_models.conftest import PROMPTS
 from tests.reward_models.plain_blip import PlainImageReward
 from tests.reward_models.tiny_tokenizers import bert_tokenizer

@@ -128,7 +128,7 @@ def write_pickscore(folder: Path) -> None:
 def write_hps(folder: Path, name: str, seed: int) -> None:
     folder.mkdir(parents=True)
     half = {key: tensor.half() for key, tensor in clip_weights(seed).items()}
-    torch.save({"state_dict": half}, folder / dict(reward_models.SPECS[name].options)["file"])
+    torch.save({"state_dict": half}, folder / str(reward_models.SPECS[name].options["file"]))
 
 
 def write_laion(folder: Path) -> None:
@@ -217,5 +217,5 @@ def write_all(root: Path) -> None:
 
 def tiny_spec(spec: reward_models.Spec) -> reward_models.Spec:
     """The row with `tiny-h` for the architecture, where it names one."""
-    options = tuple((key, "tiny-h" if key == "architecture" else value) for key, value in spec.options)
+    options = {key: "tiny-h" if key == "architecture" else value for key, value in spec.options.items()}
     return dataclasses.replace(spec, options=options)

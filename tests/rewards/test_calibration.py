@@ -143,5 +143,5 @@ def test_files_that_are_no_json_or_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         Calibration.load(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"members": ')
-    with pytest.raises(ValueError, match=r"cut\.json does not hold valid JSON"):
+    with pytest.raises(ValueError, match=r"cut\.json is not valid JSON"):
         Calibration.load(tmp_path / "cut.json")
