@@ -16,7 +16,7 @@ from diffalign.benchmarks.geneval_rules import Detection, evaluate
 from diffalign.reward_models.shapes_captioner import Captioner, CaptionerConfig
 from diffalign.reward_models.shapes_film import FilmConfig, FilmScorer
 from diffalign.shapes import prompts
-from diffalign.shapes.scenes import Scene, Thing
+from diffalign.shapes.scenes import Scene, Thing, render
 from diffalign.shapes.train import base as base_stage
 from diffalign.shapes.train import judged as made
 from diffalign.shapes.train import loop, rewards_auc, rewards_captioner_tune, text
@@ -24,6 +24,7 @@ from diffalign.shapes.train import rewards_captioner as first
 from diffalign.shapes.train import rewards_captioner_tune as tune
 from diffalign.shapes.train import rewards_captions as captions
 from diffalign.shapes.train import rewards_climb as climbing
+from diffalign.shapes.train import rewards_described as describing
 from diffalign.shapes.train import rewards_scenes as worlds
 from diffalign.shapes.train import rewards_watch as watching
 
@@ -202,6 +203,35 @@ def test_the_preference_loss_is_bradley_terrys():
     assert tune.preference_loss(torch.zeros(1, 3), votes).item() == pytest.approx(math.log(2))
     flipped = tune.preference_loss(s.detach(), -votes)
     assert flipped.item() == pytest.approx(loss.item() + 1.5, rel=1e-5)  # softplus(x) - softplus(-x) = x
+
+
+def test_the_annotator_says_what_it_sees_and_nothing_that_is_reserved(tokenizer):
+    rng = np.random.default_rng(3)
+    scenes = [captions.draw_rich_scene(rng) for _ in range(40)]
+    images = torch.from_numpy(np.stack([render(scene) for scene in scenes])).unflatten(0, (10, 4))
+    said = describing.described(images, tokenizer, 1, flipped=0.0)
+    rules = worlds.tabulate(scenes)
+    right = []
+    for i, ids in enumerate(said.ids.flatten(0, 1)):
+        for row in ids:
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            if not text:
+                continue
+            assert describing.may_be_said(text)
+            claim = torch.tensor([worlds.read_claim(text).encode()])
+            right.append(worlds.holds(rules.rows(torch.tensor([i])), claim).item())
+    assert len(right) > 40
+    assert np.mean(right) > 0.97  # the detector's boxes lie on whole pixels
+    assert not describing.may_be_said("a photo of an orange circle")
+    assert not describing.may_be_said("a circle right of a star")
+    assert not describing.may_be_said(prompts.metadata("test", per_task=1)[0]["prompt"])
+    mistaken = describing.described(images, tokenizer, 1, flipped=1.0)
+    assert (mistaken.ids != said.ids).any()
+
+
+def test_an_image_with_nothing_in_it_has_no_caption(tokenizer):
+    said = describing.described(torch.full((1, 2, 64, 64, 3), 144, dtype=torch.uint8), tokenizer, 1, 0.1)
+    assert not said.known.any()
 
 
 # --- AUC and best of n --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ A simulated annotator sees two images of one prompt, says which is right, and er
 the judge, on prompts of training combinations alone (`judged.annotator_rows`). With s(x, c) = log p(c | x) without the
 end token (what is said, not that no more is),
 
-    loss = - mean over pairs of log sigmoid(s(preferred, c) - s(other, c)) + the two terms of the first part,
+    loss = - mean over pairs of log sigmoid(s(preferred, c) - s(other, c)) + the two terms of the first part
+           - log p of what the annotator says it sees in the images (`rewards_described.py`, as often wrong),
 
 a Bradley-Terry model (as in ImageReward, Xu et al., arXiv 2304.05977) whose scores stay likelihoods. It goes in rounds: the first learns
 from plain images of both generators, each later one also from climbs of what the round before had learnt.
@@ -13,7 +14,7 @@ from plain images of both generators, each later one also from climbs of what th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from diffalign.shapes.train import rewards_captions as captions
 from diffalign.shapes.train.judged import Judged
 from diffalign.shapes.train.rewards_captioner import CaptioningConfig, caption_terms
 from diffalign.shapes.train.rewards_climb import ClimbConfig, climber
+from diffalign.shapes.train.rewards_described import CAPTIONS, Descriptions, described
 from diffalign.shapes.train.rewards_images import autoencoded, disturb
 
 FLIPPED = 0.1  # share of votes that name the wrong image
@@ -52,6 +54,7 @@ class TuneConfig:
     newest: float = 0.5  # share of a later round's prompts that are climbs
     prompts: int = 8  # of a step
     votes: float = 1.0  # weight of the preference term
+    described: float = 0.1  # weight of the annotator's captions of generated images, in nats a caption
     captions: CaptioningConfig = field(default_factory=lambda: CaptioningConfig(batch=32))  # of the terms of the first part
     scenes: int = 6_000  # drawn for these
 
@@ -90,11 +93,12 @@ def as_pixels(images: UInt8[Tensor, "b h w 3"], device: str) -> Float[Tensor, "b
 
 @dataclass
 class Ballots:
-    """Judged groups of mixed prompts, with the annotator's votes and the prompts' ids."""
+    """Judged groups of mixed prompts, with the annotator's votes and captions, and the prompts' ids."""
 
     images: UInt8[Tensor, "n g h w 3"]
     votes: Float[Tensor, "n g g"]
     ids: Int[Tensor, "n l"]
+    said: Descriptions
 
 
 def ballots(judged: Judged, tokenizer: CLIPTokenizer, seed: int) -> Ballots:
@@ -104,7 +108,7 @@ def ballots(judged: Judged, tokenizer: CLIPTokenizer, seed: int) -> Ballots:
         raise ValueError("no prompt has both right and wrong images; draw more prompts, or from a generator that is less uniform")
     texts = [row["prompt"] for row, keep in zip(judged.rows, mixed.tolist(), strict=True) if keep]
     ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return Ballots(judged.images[mixed], votes[mixed], ids)
+    return Ballots(judged.images[mixed], votes[mixed], ids, described(judged.images[mixed], tokenizer, seed, FLIPPED))
 
 
 def tuning_loss(
@@ -132,6 +136,9 @@ def tuning_loss(
         index = torch.randint(len(pool.images) // 2, (half,), generator=generator)
         rows = torch.cat([index, index + len(pool.images) // 2])
         choice = torch.randint(pool.ids.shape[1], (2 * half,), generator=generator)
+        which = torch.randint(CAPTIONS, (settings.prompts * group,), generator=generator)
+        seen = [(b.said.ids[i, k, c], b.said.blocked[i, k, c], b.said.known[i, k, c]) for (b, i), k, c in _each(picked, which, group)]
+        seen_ids, seen_rows, known = (torch.stack(part).to(device) for part in zip(*seen, strict=True))
         drawn = disturb(as_pixels(pool.images[rows], device), generator)
         images = torch.cat([drawn, as_pixels(torch.cat([b.images[i] for b, i in picked]), device)])
         images = images.contiguous(memory_format=torch.channels_last)
@@ -141,13 +148,23 @@ def tuning_loss(
             blocked = table[pool.blocked[rows, choice].long().to(device)]
             words, ranking, _ = caption_terms(model, memory[: 2 * half], ids, blocked, differs, other)
             nats = model.log_likelihood(memory[2 * half :], prompts)
+            told = model.log_likelihood(memory[2 * half :], seen_ids, blocked=table[seen_rows.long()])
         s = said(nats, prompts, model.config.end).view(-1, group)
         preference = preference_loss(s, votes)
         agreed = ((s[:, :, None] - s[:, None, :]) * votes > 0).float().sum() / (votes != 0).float().sum().clamp(min=1)
+        seen_nats = -(told.sum(dim=1) * known).sum() / known.sum().clamp(min=1)
         loss = settings.votes * preference + settings.captions.words * words + settings.captions.ranking * ranking
-        return loss, {"preference": preference.item(), "agreed": agreed.item(), "nats": words.item(), "ranking": ranking.item()}
+        loss = loss + settings.described * seen_nats
+        figures = {"preference": preference, "agreed": agreed, "nats": words, "seen": seen_nats, "ranking": ranking}
+        return loss, {name: value.item() for name, value in figures.items()}
 
     return loss_of
+
+
+def _each(picked: list[tuple[Ballots, int]], which: Tensor, group: int) -> Iterator[tuple[tuple[Ballots, int], int, int]]:
+    """(ballots and prompt, image of the group, caption of the image) for every image of a step."""
+    for j, choice in enumerate(which.tolist()):
+        yield picked[j // group], j % group, choice
 
 
 def reward_of(model: Captioner, tokenizer: CLIPTokenizer, bfloat16: bool = False) -> Callable[[Tensor, list[str]], Tensor]:
