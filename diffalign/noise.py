@@ -6,11 +6,16 @@ Noise is float32 of unit variance, "b ..."; d is the number of entries of one sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from diffalign.files import whole_file
 
 
 def spread(values: Float[Tensor, " b"], like: Float[Tensor, "b ..."]) -> Tensor:
@@ -89,3 +94,44 @@ def noise_statistics(noise: Float[Tensor, "b ..."]) -> dict[str, Float[Tensor, "
         "noise_variance": variance,
         "noise_autocorrelation": neighbours / variance.clamp_min(torch.finfo(torch.float32).tiny),
     }
+
+
+@dataclass(frozen=True)
+class NoiseDistribution:
+    """N(mean, diag(std^2)) over the initial noise, one for each sample; N(0, I) is what a model was trained with."""
+
+    mean: Float[Tensor, "b ..."]
+    std: Float[Tensor, "b ..."]
+
+    def sample(self, seeds: Sequence[int], draw: int = 0) -> Float[Tensor, "b ..."]:
+        """Draw number `draw` of every sample: sample i depends on its distribution and (seeds[i], draw) alone."""
+        if len(seeds) != len(self.mean):
+            raise ValueError(f"seeds must hold one entry for each of the {len(self.mean)} distributions, got {len(seeds)}")
+        return self.mean + self.std * seeded_noise(self.mean.shape[1:], seeds, draw, self.mean.device)
+
+    def kl_per_entry(self) -> Float[Tensor, " b"]:
+        """KL(N(mean, std^2) || N(0, 1)) in nats, averaged over a sample's entries, so that it means the same at every size."""
+        return (0.5 * (self.std.square() + self.mean.square() - 1) - self.std.log()).flatten(1).mean(1)
+
+    def log_density_per_entry(self, noise: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+        """ln N(noise; mean, std^2) averaged over a sample's entries, without the constant -ln(2 pi) / 2."""
+        return (-0.5 * ((noise - self.mean) / self.std).square() - self.std.log()).flatten(1).mean(1)
+
+    def rows(self, rows: Sequence[int]) -> NoiseDistribution:
+        """The distributions of samples `rows`, in that order."""
+        chosen = torch.as_tensor(list(rows), dtype=torch.long, device=self.mean.device)
+        return NoiseDistribution(self.mean[chosen], self.std[chosen])
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file with `mean` and `std`, float32, replaced whole or not at all."""
+        tensors = {name: getattr(self, name).detach().float().cpu().contiguous() for name in ("mean", "std")}
+        with whole_file(Path(path)) as temporary:
+            save_file(tensors, temporary)
+
+    @classmethod
+    def load(cls, path: str | Path) -> NoiseDistribution:
+        """What `save` wrote. ValueError where the file holds something else."""
+        tensors = load_file(path)
+        if set(tensors) != {"mean", "std"} or tensors["mean"].shape != tensors["std"].shape:
+            raise ValueError(f"{path} holds {', '.join(sorted(tensors))}, not a mean and a std of one shape, as save() writes them")
+        return cls(tensors["mean"], tensors["std"])

@@ -14,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from diffalign.noise import NoiseDistribution
+
 Images = Float[Tensor, "b 3 h w"]
 Scores = Float[Tensor, " b"]
 
@@ -121,6 +123,8 @@ class NoiseResult:
     noise: Float[Tensor, "b ..."]
     initial_images: Images
     trace: Trace
+    distribution: NoiseDistribution | None = None
+    """Of noises under which images score well, where the method learns one: more images of the same prompts can be drawn from it."""
 
 
 class NoiseMethod(Protocol):

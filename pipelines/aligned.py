@@ -54,7 +54,7 @@ class AlignedPipeline(StockBackbone):
         """
         method, steps = inputs.sort_plugins(plugins)
         arguments = inputs.bind_stock(super().__call__, self.stock_class.__name__, prompt, positional, stock)
-        inputs.fill_defaults(arguments, self.defaults)
+        self.with_defaults(arguments)
         prompts = None if arguments.get("prompt_embeds") is not None else inputs.check_prompts(arguments.get("prompt"))
         per_prompt = arguments.get(self.per_prompt) or 1
         count = per_prompt * (len(arguments["prompt_embeds"]) if prompts is None else len(prompts))
@@ -105,7 +105,7 @@ class AlignedPipeline(StockBackbone):
         consumed = {"prompt", self.per_prompt, "negative_prompt", "latents", "output_type", "return_dict", "generator"}
         given = {name: value for name, value in arguments.items() if value is not None}
         inputs.refuse(given, self.search_arguments | self.encode_arguments | consumed, f"the search {method.name!r}")
-        output_type = arguments.get("output_type") or "pil"
+        output_type = arguments.get("output_type") or self.output_type
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if getattr(self, "safety_checker", None) is not None:
@@ -121,7 +121,7 @@ class AlignedPipeline(StockBackbone):
                 stack.enter_context(change(self))
             attached = [stack.enter_context(step.attach(self)) for step in steps]
             extra = {name: given[name] for name in self.encode_arguments & given.keys()}
-            guided = (sampler.get(self.scale_argument) or 0) > 1
+            guided = self.has_two_branches(given)
             embedded = self.embedded_scale_of(sampler)
             conditioning = self.encode(
                 prompts, arguments.get("negative_prompt"), unconditional=guided, size=size, embedded_scale=embedded, **extra
@@ -146,12 +146,11 @@ class AlignedPipeline(StockBackbone):
             if output_type == "latent":
                 with torch.no_grad():
                     best, first = (run(each, range(len(samples)), "latent") for each in (result.noise, noise))
-        done = [False] * len(samples)  # already in [0, 1]
-        images, initial = (self.image_processor.postprocess(each, output_type, do_denormalize=done) for each in (best, first))
+        images, initial = (self.to_output(each, output_type) for each in (best, first))
         if arguments.get("return_dict") is False:
             return images, None
         guidance = _guidance_report(attached)
-        return AlignedOutput(images, None, seeds, cut, result.trace, result.noise.detach().float(), initial, guidance)
+        return AlignedOutput(images, None, seeds, cut, result.trace, result.noise.detach().float(), result.distribution, initial, guidance)
 
     def guide(self, method: GuidanceMethod) -> AbstractContextManager[guidance_hook.Guided]:
         """Calls inside the block are guided by `method`; what `plugins=[method]` does for one call. See pipelines/guidance/hook.py."""

@@ -99,7 +99,11 @@ class StockBackbone:
             return super()._execution_device
         return network.device
 
-    # ---- sizes and noise --------------------------------------------------------------------------------------------------------
+    # ---- arguments, sizes and noise ---------------------------------------------------------------------------------------------
+
+    def with_defaults(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Stock arguments, changed in place: what the caller left out is taken from `defaults`; a family adds what follows from others."""
+        return inputs.fill_defaults(arguments, self.defaults)
 
     def default_size(self) -> Size:
         """What the model makes where nothing else is asked for."""
@@ -140,7 +144,7 @@ class StockBackbone:
 
     def timed_scheduler(self, steps: int | None = None, *, size: Size | None = None, **given: Any) -> Any:
         """A copy of the scheduler, set as the stock call sets it; where `steps` and `given` are silent, `defaults` speak."""
-        scheduled = inputs.fill_defaults({"num_inference_steps": steps, **given}, self.defaults)
+        scheduled = self.with_defaults({"num_inference_steps": steps, **given})
         steps, timesteps, sigmas = (scheduled.get(name) for name in inputs.SCHEDULE)
         more = self.scheduler_arguments(size or self.default_size())
         more.update({name: value for name, value in given.items() if name not in inputs.SCHEDULE and value is not None})
@@ -209,7 +213,7 @@ class StockBackbone:
         arguments: stock arguments from `search_arguments`; `defaults` fill in the rest. generators: one for each sample, for samplers that
         draw noise at every step. Gradients also reach parameters that require them; a search freezes those first.
         """
-        arguments = inputs.fill_defaults(dict(arguments or {}), self.defaults)
+        arguments = self.with_defaults(dict(arguments or {}))
         inputs.refuse(arguments, self.search_arguments, "noise_to_images")
         size = self.size_of(arguments)
         self._check_noise("noise", noise, len(conditioning), size)

@@ -9,6 +9,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffalign.guidance import GuidanceReport
+from diffalign.noise import NoiseDistribution
 from diffalign.types import Trace
 
 
@@ -27,6 +28,8 @@ class AlignedOutput(BaseOutput):
     """What a search over noise did."""
     noise: Tensor | None = None
     """What it found, float32 of unit variance: latents=out.noise with seed=out.seeds makes these images again."""
+    distribution: NoiseDistribution | None = None
+    """Of noises, where the search learned one (FIND): latents=distribution.sample(seeds) makes more images of the same prompts."""
     initial_images: Any = None
     """Where it started; of the type of images."""
     guidance: GuidanceReport | None = None

@@ -75,6 +75,22 @@ METHODS: tuple[Method, ...] = (
         summary="spend the whole budget on drawing noises and keep the image that the reward likes best",
     ),
     Method(
+        name="find",
+        target="diffalign.methods.find:FIND",
+        kind=NOISE,
+        from_budget="",
+        paper="Chen et al. 2024, arXiv 2407.19453",
+        summary="learn a normal distribution of noises that score well, by policy gradients; it can be drawn from again",
+    ),
+    Method(
+        name="find-paper",
+        target="diffalign.methods.find:FIND",
+        kind=NOISE,
+        from_budget="paper",
+        paper="Chen et al. 2024, arXiv 2407.19453",
+        summary="the same as the paper describes: one noise at a time, small steps, a network as baseline",
+    ),
+    Method(
         name="adaptive",
         target="diffalign.methods.adaptive_guidance:AdaptiveGuidance",
         kind=STEP,
