@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from diffalign.loop import DenoisingLoop
 from diffalign.noise import NoiseDistribution
 
 Images = Float[Tensor, "b 3 h w"]
@@ -87,6 +88,8 @@ class NoiseProblem:
     """generate(noise, rows): differentiable map from noise to images; rows[j] says which sample noise[j] belongs to."""
     progress: Progress | None = None
     """Hears of every evaluation, where given."""
+    loop: DenoisingLoop | None = None
+    """The inside of `generate`, for methods that steer it; None where there is no such loop."""
 
 
 @dataclass
@@ -120,7 +123,8 @@ class NoiseResult:
     """The best image and noise of every sample, the image it started from, and the trace."""
 
     images: Images
-    noise: Float[Tensor, "b ..."]
+    noise: Float[Tensor, "b ..."] | None
+    """What makes `images` again; None where no initial noise does, because the loop was steered on its way."""
     initial_images: Images
     trace: Trace
     distribution: NoiseDistribution | None = None

@@ -19,6 +19,7 @@ from diffalign.pipelines import inputs, state
 from diffalign.pipelines.backbone import StockBackbone
 from diffalign.pipelines.guidance import hook as guidance_hook
 from diffalign.pipelines.outputs import AlignedOutput
+from diffalign.pipelines.steered import SteeredLoop
 from diffalign.types import NoiseMethod, NoiseProblem, Progress, StepMethod
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -141,8 +142,11 @@ class AlignedPipeline(StockBackbone):
             def generate(noise: Float[Tensor, "k ..."], rows: Sequence[int]) -> Float[Tensor, "k 3 h w"]:
                 return run(noise, rows, "pt")
 
-            result = method.search(NoiseProblem(noise, conditioning.prompts, seeds, generate, progress))
+            loop = None if attached else SteeredLoop(self, conditioning, sampler, size, seeds)  # plugins act on the stock loop
+            result = method.search(NoiseProblem(noise, conditioning.prompts, seeds, generate, progress, loop))
             best, first = result.images.detach(), result.initial_images.detach()
+            if output_type == "latent" and result.noise is None:
+                raise ValueError(f"output_type='latent' cannot be used with the search {method.name!r}, which returns images alone")
             if output_type == "latent":
                 with torch.no_grad():
                     best, first = (run(each, range(len(samples)), "latent") for each in (result.noise, noise))
@@ -150,7 +154,8 @@ class AlignedPipeline(StockBackbone):
         if arguments.get("return_dict") is False:
             return images, None
         guidance = _guidance_report(attached)
-        return AlignedOutput(images, None, seeds, cut, result.trace, result.noise.detach().float(), result.distribution, initial, guidance)
+        found = None if result.noise is None else result.noise.detach().float()
+        return AlignedOutput(images, None, seeds, cut, result.trace, found, result.distribution, initial, guidance)
 
     def guide(self, method: GuidanceMethod) -> AbstractContextManager[guidance_hook.Guided]:
         """Calls inside the block are guided by `method`; what `plugins=[method]` does for one call. See pipelines/guidance/hook.py."""

@@ -244,7 +244,10 @@ def save(job: Job, record: dict[str, Any], output: Any, i: int) -> None:
             labels = (f"before   reward {shown(totals[0])}", f"after   reward {shown(totals[record['best']])}")
             strip(before, after, labels).save(folder / "strip.png")
             rewards_plot(record).save(folder / "rewards.png")
-            save_file({"noise": output.noise[i].contiguous()}, folder / "noise.safetensors")
+            if output.noise is not None:
+                save_file({"noise": output.noise[i].contiguous()}, folder / "noise.safetensors")
+            if output.distribution is not None:
+                output.distribution.rows([i]).save(folder / "distribution.safetensors")
         write_json(folder / "trace.json", record)
 
 

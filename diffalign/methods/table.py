@@ -91,6 +91,22 @@ METHODS: tuple[Method, ...] = (
         summary="the same as the paper describes: one noise at a time, small steps, a network as baseline",
     ),
     Method(
+        name="fk",
+        target="diffalign.methods.particles:FKSteering",
+        kind=NOISE,
+        from_budget="",
+        paper="Singhal et al. 2025, arXiv 2501.06848",
+        summary="denoise several particles at once and draw them again by what the reward sees on the way; several steps only",
+    ),
+    Method(
+        name="prune",
+        target="diffalign.methods.particles:SeedPruning",
+        kind=NOISE,
+        from_budget="",
+        paper="successive halving, Jamieson and Talwalkar 2016, arXiv 1502.07943",
+        summary="start many noises and drop the worse half on the way, twice; several steps only",
+    ),
+    Method(
         name="adaptive",
         target="diffalign.methods.adaptive_guidance:AdaptiveGuidance",
         kind=STEP,
