@@ -17,12 +17,11 @@ trust region around the prior, and a small network as baseline, its "reward cali
 
 1. Several candidates an iteration with the mean of the others as baseline, divided by their spread: with one prompt the network would learn
    one slowly moving number, from far too few samples.
-2. The ratio is taken against the distribution that a noise was really drawn from, so replays are off-policy corrected, and the trust region
-   is explicit: `kl_budget` nats an entry. After each update mu is scaled back into it.
+2. The ratio is against the distribution that a noise was really drawn from, which corrects replays, and the trust region is explicit:
+   `kl_budget` nats an entry, into which mu is scaled back after each update. Adam's step is larger: 50 images cannot pay for small ones.
 3. sigma is not learned; `sphere` keeps mean(mu^2) + sigma^2 = 1, so that noises stay on the shell where the model knows them.
-4. Adam's step is larger, as 50 images cannot pay for 150 small ones.
 
-The image returned is the best that was made. The distribution is returned too, and can be sampled from again for as many images as wanted.
+The best image that was made is returned, and the distribution, from which as many more can be drawn as are wanted.
 """
 
 from __future__ import annotations

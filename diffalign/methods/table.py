@@ -27,6 +27,8 @@ class Method:
     """noise: an outer loop over whole generations (`types.NoiseMethod`). step: an inner hook at every denoising step."""
     needs_gradient: bool = False
     """Whether it differentiates the reward, so that a reward without gradient is refused."""
+    needs_steps: bool = False
+    """Whether it steers a denoising loop of several steps, so that a one-step model is refused."""
     from_budget: str | None = None
     """What builds it from (reward, budget=N): "" the class itself, else a classmethod of it. None: it has no budget."""
     paper: str
@@ -94,6 +96,7 @@ METHODS: tuple[Method, ...] = (
         name="fk",
         target="diffalign.methods.particles:FKSteering",
         kind=NOISE,
+        needs_steps=True,
         from_budget="",
         paper="Singhal et al. 2025, arXiv 2501.06848",
         summary="denoise several particles at once and draw them again by what the reward sees on the way; several steps only",
@@ -102,6 +105,7 @@ METHODS: tuple[Method, ...] = (
         name="prune",
         target="diffalign.methods.particles:SeedPruning",
         kind=NOISE,
+        needs_steps=True,
         from_budget="",
         paper="successive halving, Jamieson and Talwalkar 2016, arXiv 1502.07943",
         summary="start many noises and drop the worse half on the way, twice; several steps only",

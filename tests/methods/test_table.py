@@ -33,6 +33,10 @@ def test_a_row_leads_to_its_class_and_the_class_is_public(row):
 def test_a_search_is_built_at_its_budget_and_needs_what_its_row_says(name, curved):
     search = build_method(name, curved.reward(), 7)
     assert search.budget == 7
+    if find_method(name).needs_steps:
+        with pytest.raises(ValueError, match="steers a denoising loop of several steps"):
+            search.search(curved.problem([3]))
+        return
     assert search.search(curved.problem([3])).trace.settings["budget"] == 7
     flat = curved.reward()
     flat.differentiable = False
