@@ -44,6 +44,12 @@ def test_a_choice_among_candidates_is_what_best_of_n_would_make(script):
     assert found["best"] == 2
 
 
+def test_figures_recorded_before_the_budget_had_its_name_are_still_read(script):
+    found = json.loads((ROOT / "docs" / "results" / "over_optimisation.json").read_text())
+    assert "evaluations" in found["settings"]
+    assert "144 test prompts, 25 evaluations, seed 0" in script.markdown(found)
+
+
 @pytest.mark.slow
 def test_the_whole_and_its_resumption(script, tmp_path, monkeypatch, capsys):
     if not (WEIGHTS / "shapes-aesthetic").is_dir():

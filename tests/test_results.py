@@ -31,6 +31,21 @@ def test_what_the_page_says_of_the_curve_is_so():
     assert better == ["reno", "reno"]
 
 
+def test_where_reno_begins_is_as_measured():
+    """The page's rows are the file's, and what the default rests on is so: no interval excludes zero, and half as starts is faster."""
+    found = json.loads((DOCS / "results" / "reno_starts.json").read_text())
+    page = (DOCS / "reno.md").read_text()
+    assert f"on {found['prompts']} validation prompts" in page
+    for each in found["results"]:
+        mean, low, high = each["against_the_first"]
+        against = f"{mean:+.3f} [{low:+.2f}, {high:+.2f}] " if mean or high else " "
+        tail = f"| {each['accuracy'][1]:.3f} | {against}| {each['reward'][1]:.2f} | {each['seconds']:.0f} |"
+        assert tail in page, tail
+        assert low <= 0 <= high
+    seconds = {(each["budget"], each["settings"]): each["seconds"] for each in found["results"]}
+    assert all(seconds[b, "lr 1/256, half the evaluations as starts"] < seconds[b, "lr 1/256"] for b in (16, 50))
+
+
 def test_pages_link_to_what_is_there():
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
