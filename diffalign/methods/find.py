@@ -42,7 +42,6 @@ from diffalign.noise import NoiseDistribution, seeded_noise, spread
 from diffalign.types import NoiseProblem, NoiseResult, Reward
 
 logger = logging.getLogger(__name__)
-
 LEAST_STD = 1e-4  # as in the public code
 
 
@@ -106,6 +105,7 @@ class FIND:
         return cls(reward, budget=budget, candidates=1, lr=1e-3, clip=0.2, pull=1e-3, kl_budget=None, baseline="network",
                    reference="prior", replays=1, history=0, learn_std=True, sphere=False)  # fmt: skip
 
+    @torch.enable_grad()
     def search(self, problem: NoiseProblem) -> NoiseResult:
         """Learn every sample's distribution. A candidate whose score is not finite teaches nothing; a warning names it."""
         tracker = Tracker(problem)
@@ -162,7 +162,7 @@ class FIND:
     def _advantages(self, drawing: Drawing, network: list[Calibration] | None) -> Float[Tensor, "k b"]:
         """What each candidate is worth beyond its baseline; 0 where its score is not finite."""
         known = drawing.rewards.isfinite()
-        rewards = torch.where(known, drawing.rewards, torch.zeros_like(drawing.rewards))
+        rewards = drawing.rewards.nan_to_num(0.0, 0.0, 0.0)
         if network is not None:
             columns = [each.advantages(drawing, i) for i, each in enumerate(network)]
             return torch.where(known, torch.stack(columns, dim=1), torch.zeros_like(rewards))
@@ -231,8 +231,7 @@ class Calibration:
             layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
             self.network = nn.Sequential(*layers, nn.Linear(256, 1))
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4)
-        self.inputs: list[Tensor] = []
-        self.rewards: list[float] = []
+        self.inputs, self.rewards = [], []
 
     def advantages(self, drawing: Drawing, i: int) -> Float[Tensor, " k"]:
         """Rewards less what was predicted of their distribution, after one more step of the fit on all that was seen."""
@@ -242,11 +241,10 @@ class Calibration:
         self.inputs += [given] * int(rewards.isfinite().sum())
         self.rewards += rewards[rewards.isfinite()].tolist()
         if self.inputs:
-            with torch.enable_grad():
-                predicted = self.network(torch.stack(self.inputs[-256:])).squeeze(1)
-                loss = (predicted - torch.tensor(self.rewards[-256:])).square().mean()
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                self.optimizer.step()
+            predicted = self.network(torch.stack(self.inputs[-256:])).squeeze(1)
+            loss = (predicted - torch.tensor(self.rewards[-256:])).square().mean()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
         with torch.no_grad():
             return (rewards - self.network(given)).to(drawing.rewards.device)
