@@ -202,9 +202,10 @@ def test_an_architecture_open_clip_does_not_have():
 @pytest.mark.parametrize(("architecture", "millions"), [("ViT-H-14", 986.1), ("ViT-L-14-quickgelu", 427.6), ("ViT-bigG-14", 2539.6)])
 def test_configurations_without_a_file_have_the_published_sizes(architecture, millions):
     """Parameters of the models on the Hub, and the settings that no tensor's shape tells."""
+    from transformers import CLIPModel
+
     from diffalign.reward_models.checkpoints import without_weights
     from diffalign.reward_models.clip_files import clip_config
-    from transformers import CLIPModel
 
     config = clip_config(architecture)
     model = without_weights(lambda: CLIPModel(config))

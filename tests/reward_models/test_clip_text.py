@@ -7,6 +7,7 @@ import logging
 import open_clip
 import pytest
 import torch
+
 from diffalign.reward_models.clip_text import clip_tokenizer, open_clip_tokens, transformers_tokens
 
 PLAIN = [

@@ -10,10 +10,10 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from diffalign.reward_models.hpsv3 import PIXELS, read_instruction
-from diffalign.reward_models.qwen_pixels import QwenPixels
 from safetensors.torch import load_file, save_file
 
+from diffalign.reward_models.hpsv3 import PIXELS, read_instruction
+from diffalign.reward_models.qwen_pixels import QwenPixels
 from tests.reward_models.conftest import PROMPTS
 
 NAME = "hpsv3"

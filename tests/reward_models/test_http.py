@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from diffalign.reward_models.http_scorer import HTTPScorer, encode, read_results
-from diffalign.reward_models.http_server import MOST_BYTES, answer, serve
-from diffalign.reward_models.sources import sources_of
 from PIL import Image
 
 from diffalign import reward_models
+from diffalign.reward_models.http_scorer import HTTPScorer, encode, read_results
+from diffalign.reward_models.http_server import MOST_BYTES, answer, serve
+from diffalign.reward_models.sources import sources_of
 
 SPEC = reward_models.SPECS["http"]
 ITEMS = ["a", "bb", "ccc"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffalign.reward_models.pixels import Preprocess, resize
 from PIL import Image
+
+from diffalign.reward_models.pixels import Preprocess, resize
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(64, 64), (300, 300), (399, 224), (224, 399), (133, 190), (97, 31), (20, 30)]

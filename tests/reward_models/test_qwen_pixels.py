@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD
-from diffalign.reward_models.qwen_pixels import QwenPixels, read_qwen_pixels
 from PIL import Image
 
+from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD
+from diffalign.reward_models.qwen_pixels import QwenPixels, read_qwen_pixels
 from tests.reward_models.test_pixels import photo, tensor_of
 
 SIZES = [(56, 56), (112, 84), (100, 333), (333, 100), (500, 500), (20, 30), (1, 1), (13, 200), (9, 1800), (447, 1001)]

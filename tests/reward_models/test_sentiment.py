@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from diffalign.reward_models import sentiment
 from diffalign.reward_models.sentiment import CAPTIONS, PLEASANT, UNPLEASANT
-
 from tests.reward_models.conftest import PROMPTS
 
 NAME = "image-sentiment"

@@ -218,7 +218,7 @@ def test_images_are_made_once_and_belong_to_their_prompts(tokenizer, tmp_path):
 
 def test_rounds_resume_to_the_bit_and_the_reward_they_leave_loads(small, tokenizer, tmp_path, monkeypatch):
     settings = tune.TuneConfig(
-        turbo_prompts=2, base_prompts=2, base_steps=1, rounds=2, climbed_prompts=2, prompts=2,
+        turbo_prompts=2, base_prompts=2, base_steps=1, rounds=2, climbed_prompts=2, fresh_prompts=2, prompts=2,
         captions=first.CaptioningConfig(batch=4), scenes=6,
     )  # fmt: skip
     climb = climbing.ClimbConfig(steps=3, kept=(0, 1, 2, 3))
@@ -261,3 +261,15 @@ def test_rounds_resume_to_the_bit_and_the_reward_they_leave_loads(small, tokeniz
     x = torch.rand(2, 3, 64, 64, requires_grad=True)
     (gradient,) = torch.autograd.grad(reward(x, ["a circle", "two stars"]).sum(), x)
     assert (gradient.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_moved_images_keep_their_content_and_mirror_only_where_they_may():
+    images = torch.zeros(40, 64, 64, 3, dtype=torch.uint8)
+    images[:, 20:30, 20:24] = 200  # left of the middle
+    symmetric = torch.arange(40) % 2 == 0
+    out = tune.moved(images, symmetric, 5, torch.Generator().manual_seed(1))
+    assert (out.flatten(1).sum(dim=1, dtype=torch.int64) == images[0].sum(dtype=torch.int64)).all()
+    left = out[:, :, :32].flatten(1).any(dim=1)
+    assert left[~symmetric].all()
+    assert 0 < left[symmetric].sum() < 20
+    assert torch.equal(tune.moved(images, symmetric & False, 0, torch.Generator()), images)

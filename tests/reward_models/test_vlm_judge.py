@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffalign.reward_models.vlm_judge import QUESTION, words
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffalign import reward_models
+from diffalign.reward_models.vlm_judge import QUESTION, words
 from tests.reward_models import tiny_vlms
 from tests.reward_models.conftest import PROMPTS
 from tests.reward_models.test_pixels import photo, tensor_of

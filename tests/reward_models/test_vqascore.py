@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from diffalign.reward_models.vqascore import QUESTION, SYSTEM
 from tokenizers import Tokenizer
 
+from diffalign.reward_models.vqascore import QUESTION, SYSTEM
 from tests.reward_models.conftest import PROMPTS
 from tests.reward_models.tiny_vlms import tiny_clip_t5
 

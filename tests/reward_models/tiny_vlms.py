@@ -118,8 +118,9 @@ def hpsv3_head() -> nn.Sequential:
 
 def write_hpsv3(folder: Path) -> None:
     """HPSv3.safetensors in bfloat16 but for its head, and the folder of the backbone: configuration and tokenizer, no weights."""
-    from diffalign.reward_models.hpsv3 import read_instruction
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    from diffalign.reward_models.hpsv3 import read_instruction
 
     tokenizer = write_qwen_tokenizer(folder / "backbone", [read_instruction()])
     config = qwen2_vl_config(tokenizer, patch=28)  # larger than the real one, so that a tile of the real size has few patches
