@@ -38,20 +38,23 @@ from diffalign.shapes.train.rewards_images import autoencoded, disturb
 FLIPPED = 0.1  # share of votes that name the wrong image
 GROUP = 8  # images of one prompt
 CLIMB = ClimbConfig()
-CONFIG = loop.LoopConfig(steps=400, lr=4e-4, seed=32, warmup=20, ema_decay=0.99, weight_decay=0.02, save_every=100)  # of each round
+CONFIG = loop.LoopConfig(steps=900, lr=4e-4, seed=32, warmup=20, ema_decay=0.99, weight_decay=0.02, save_every=100)  # of each round
 
 
 @dataclass(frozen=True)
 class TuneConfig:
     """How much is drawn, and what a step looks at."""
 
-    turbo_prompts: int = 1600  # GROUP one-step images each
+    turbo_prompts: int = 1600  # GROUP one-step images each, in the first round
+    fresh_prompts: int = 3000  # GROUP further one-step images each, added in every later round
     base_prompts: int = 192  # GROUP images of `shapes` each
     base_steps: int = 8  # DDIM steps of these
     base_guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 6.0)  # shared among a prompt's images
     rounds: int = 3  # the first on plain images, each later one also on climbs
+    first_steps: int = 400  # of the first round, which has fewer images; the later ones take the loop's own number
+    shift: int = 5  # pixels; the later rounds see generated images moved by up to as much, and mirrored where no word speaks of sides
     climbed_prompts: int = 256  # GROUP stations each, for each later round
-    newest: float = 0.5  # share of a later round's prompts that are climbs
+    climbs: float = 0.3  # share of a later round's prompts that are climbs
     prompts: int = 8  # of a step
     votes: float = 1.0  # weight of the preference term
     described: float = 0.1  # weight of the annotator's captions of generated images, in nats a caption
@@ -118,12 +121,18 @@ def tuning_loss(
     tokenizer: CLIPTokenizer,
     settings: TuneConfig,
     device: str,
+    shift: int = 0,
 ) -> Callable:
-    """The loss of one step, as the loop wants it; sources: ballots, each with its share of a step's prompts."""
+    """The loss of one step, as the loop wants it.
+
+    sources: ballots, each with its share of a step's prompts. shift: by how many pixels at most generated images are moved; 0 leaves
+    them as they are.
+    """
     table = captions.blocked_words(tokenizer).to(device)
     half = settings.captions.batch // 2
     other = torch.arange(2 * half).roll(half).to(device)
     shares = torch.tensor([share for share, _ in sources])
+    sides = torch.tensor(tokenizer(["left", "right"], add_special_tokens=False).input_ids).flatten()
     group = sources[0][1].images.shape[1]
 
     def loss_of(step: int, generator: torch.Generator):
@@ -140,7 +149,11 @@ def tuning_loss(
         seen = [(b.said.ids[i, k, c], b.said.blocked[i, k, c], b.said.known[i, k, c]) for (b, i), k, c in _each(picked, which, group)]
         seen_ids, seen_rows, known = (torch.stack(part).to(device) for part in zip(*seen, strict=True))
         drawn = disturb(as_pixels(pool.images[rows], device), generator)
-        images = torch.cat([drawn, as_pixels(torch.cat([b.images[i] for b, i in picked]), device)])
+        shown = torch.cat([b.images[i] for b, i in picked])
+        if shift:
+            sided = (torch.stack([*prompts, *seen_ids]).cpu().unsqueeze(2) == sides).any(dim=2).any(dim=1).view(2, -1).any(dim=0)
+            shown = moved(shown, ~sided, shift, generator)
+        images = torch.cat([drawn, as_pixels(shown, device)])
         images = images.contiguous(memory_format=torch.channels_last)
         ids, differs = pool.ids[rows, choice].to(device), pool.differs[rows, choice].to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.captions.bfloat16):
@@ -159,6 +172,21 @@ def tuning_loss(
         return loss, {name: value.item() for name, value in figures.items()}
 
     return loss_of
+
+
+def moved(
+    images: UInt8[Tensor, "n h w 3"], symmetric: Bool[Tensor, " n"], shift: int, generator: torch.Generator
+) -> UInt8[Tensor, "n h w 3"]:
+    """Images moved by up to `shift` pixels each way, their edges repeated, and half of the `symmetric` ones mirrored.
+
+    Neither changes the judge's verdict: every shape of the world is its own mirror image.
+    """
+    n, h, w, _ = images.shape
+    across, down = torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)
+    columns, rows = (torch.arange(w) + across).clamp(0, w - 1), (torch.arange(h) + down).clamp(0, h - 1)
+    mirrored = symmetric & (torch.rand(n, generator=generator) < 0.5)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    return images[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def _each(picked: list[tuple[Ballots, int]], which: Tensor, group: int) -> Iterator[tuple[tuple[Ballots, int], int, int]]:
@@ -207,22 +235,25 @@ def train_rounds(
     climbed: list[Judged] = []
     seconds = 0.0
     for k in range(settings.rounds):
+        own = config.seed + 100 * k
         if k:
-            more = made.annotator_rows(settings.climbed_prompts, config.seed + 100 * k)
-            frozen = model.eval().requires_grad_(False)
-            maker = climber(turbo, reward_of(frozen, tokenizer, climb.bfloat16), climb)
-            climbed.append(made.make_judged(folder / f"climbed{k}", more, GROUP, maker, config.seed + 100 * k, f"climbs for round {k}"))
-            old = [(share * (1 - settings.newest), b) for share, b in sources]
-            every = made.joined(climbed)
-            current = [*old, (settings.newest, ballots(every, tokenizer, config.seed + 1))]
-        else:
-            current = sources
+            fresh = made.annotator_rows(settings.fresh_prompts, own + 50)
+            images = made.make_judged(folder / f"fresh{k}", fresh, GROUP, plain, own + 50, f"one-step images for round {k}")
+            sources.append((settings.fresh_prompts / settings.turbo_prompts, ballots(images, tokenizer, own + 50)))
+            maker = climber(turbo, reward_of(model.eval().requires_grad_(False), tokenizer, climb.bfloat16), climb)
+            more = made.annotator_rows(settings.climbed_prompts, own)
+            climbed.append(made.make_judged(folder / f"climbed{k}", more, GROUP, maker, own, f"climbs for round {k}"))
+        plain_share = (1 - settings.climbs if k else 1.0) / sum(share for share, _ in sources)
+        current = [(share * plain_share, b) for share, b in sources]
+        if k:
+            current.append((settings.climbs, ballots(made.joined(climbed), tokenizer, config.seed + 1)))
         model.requires_grad_(True)
         torch.manual_seed(config.seed + k)
-        trainee = loop.Trainee(
-            {"captioner": model}, dataclasses.replace(config, seed=config.seed + k), run / f"reward_round{k}.safetensors"
-        )
-        loop.train(trainee, tuning_loss(model, current, pool, tokenizer, settings, device), f"shapes-reward, round {k}")
+        steps = config.steps if k else min(settings.first_steps, config.steps)
+        settled = dataclasses.replace(config, steps=steps, seed=config.seed + k)
+        trainee = loop.Trainee({"captioner": model}, settled, run / f"reward_round{k}.safetensors")
+        loss_of = tuning_loss(model, current, pool, tokenizer, settings, device, shift=settings.shift if k else 0)
+        loop.train(trainee, loss_of, f"shapes-reward, round {k}")
         trainee.use_average()
         seconds += trainee.seconds
     return model.eval(), seconds
