@@ -47,7 +47,7 @@ HOMES = {  # a fact -> the folders in which it is stated once; benchmarks and re
     "0.48145466": ["reward_models"],
     "def read_json(": ["diffalign", "pipelines", "reward_models"],
     "def collapse(": ["diffalign", "pipelines", "reward_models"],
-    '"package:"': ["diffalign", "pipelines", "reward_models"],
+    ' = "package:"': ["diffalign", "pipelines", "reward_models"],
     "[A-Za-z0-9][\\w.-]*/[A-Za-z0-9]": ["diffalign", "pipelines", "reward_models"],
     'files("diffalign").joinpath': ["diffalign", "pipelines", "reward_models"],
 }

@@ -230,6 +230,30 @@ def test_damaged_folders(folder, damage, error, message):
     assert str(folder) in one_sentence(caught)
 
 
+@pytest.mark.parametrize("saved", [{}, {"variant": "fp16", "max_shard_size": "20KB"}])  # the rest is test_integrity.py's
+def test_a_folder_with_t5_whose_embeddings_are_stored_once(tmp_path, saved):
+    """SD3's third text encoder ties `encoder.embed_tokens` to `shared`: whole folders load, and a tensor less is named."""
+    from diffusers import StableDiffusion3Pipeline
+
+    from tests.families import tiny_sd3
+
+    dtype = torch.float16 if "variant" in saved else torch.float32
+    tiny_sd3.build()(StableDiffusion3Pipeline, dtype).save_pretrained(tmp_path, **saved)
+    pipe = diffalign.load_pipeline(tmp_path, device="cpu")
+    files = sorted((tmp_path / "text_encoder_3").glob("*.safetensors"))
+    assert (len(files) > 1) == ("max_shard_size" in saved)
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert "encoder.embed_tokens.weight" not in stored
+    assert torch.equal(pipe.text_encoder_3.encoder.embed_tokens.weight, stored["shared.weight"].float())
+    name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    for file in files:
+        tensors = load_file(file)
+        if tensors.pop(name, None) is not None:
+            save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"text_encoder_3/model.* lacks {name} of"):
+        diffalign.load_pipeline(tmp_path, device="cpu")
+
+
 def test_a_preset_can_replace_the_scheduler(pipe):
     from dataclasses import replace
 
