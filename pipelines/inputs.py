@@ -135,12 +135,14 @@ def text_cut_off(tokenizer: Any, prompts: Sequence[str], limit: int | None = Non
         # verbose=False: the tokenizer's own remark about long sequences says less than ours
         tokens = tokenizer(prompt, truncation=False, padding=False, return_offsets_mapping=offsets, verbose=False)
         ids = tokens["input_ids"]
+        ended = bool(ids) and ids[-1] == tokenizer.eos_token_id  # the end token, where there is one, takes the last place
+        first = limit - ended
         if len(ids) <= limit:
             cut.append(None)
         elif offsets:
-            cut.append(prompt[tokens["offset_mapping"][limit - 1][0] :])  # the last place is taken by the end token
+            cut.append(prompt[tokens["offset_mapping"][first][0] :])
         else:
-            cut.append(tokenizer.decode(ids[limit - 1 : -1]))
+            cut.append(tokenizer.decode(ids[first : len(ids) - ended]))
     return cut
 
 
