@@ -87,7 +87,9 @@ def schedule_of(scheduler: Any, repeats: bool = False) -> Schedule:
     else:
         visited = [timesteps[i] for i in order]
         pairs = list(zip(*levels(scheduler, visited), strict=True))
-        square = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) if prediction != "flow" else 1.0
+        # LCM returns its last prediction of the clean latents as it is, whatever set_alpha_to_one says of the level behind it
+        clean = prediction == "flow" or type(scheduler).__name__ == "LCMScheduler"
+        square = 1.0 if clean else float(getattr(scheduler, "final_alpha_cumprod", 1.0))
         pairs.append((math.sqrt(square), math.sqrt(1 - square)))
     return Schedule(
         timesteps=tuple(timesteps[i] for i in order),
