@@ -234,5 +234,5 @@ def _finish(pipeline: AlignedPipeline, preset: Preset | None) -> AlignedPipeline
         cls = getattr(diffusers, preset.scheduler) if preset.scheduler else type(pipeline.scheduler)
         pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **preset.scheduler_config)
     pipeline.defaults = preset.defaults()
-    pipeline.cosine_threshold = preset.cosine_threshold
+    pipeline.cosine_threshold, pipeline.batch_size = preset.cosine_threshold, preset.batch_size
     return pipeline

@@ -1,6 +1,7 @@
 """The vocabulary shared by every part: what a reward, a search over noise and a step method are, and what they return.
 
-Shapes: images are "b 3 h w" floats in [0, 1], RGB. Noise is "b ..." float32 with unit variance, whatever the family's latent shape.
+Shapes: images are "b 3 h w" floats in [0, 1], RGB, and videos "b f 3 h w"; a search makes either, "b *f 3 h w". Noise is "b ..." float32
+with unit variance, whatever the family's latent shape.
 A sample is one image to be made; sample i of a batch has its own prompt, noise and seed, and never sees its batch mates.
 """
 
@@ -66,7 +67,7 @@ class Evaluation:
     """Which samples it holds, in the order of scores and images."""
     scores: Mapping[str, Sequence[float]]
     """Each reward's score of every row, on the host; "total" is what is optimised."""
-    images: Float[Tensor, "k 3 h w"]
+    images: Float[Tensor, "k *f 3 h w"]
     """The images of these rows, detached, in [0, 1], on the device that made them."""
 
 
@@ -84,10 +85,12 @@ class NoiseProblem:
     """One for each noise."""
     seeds: Sequence[int]
     """Everything random that a method draws for sample i must come from seeds[i]."""
-    generate: Callable[[Float[Tensor, "k ..."], Sequence[int]], Float[Tensor, "k 3 h w"]]
+    generate: Callable[[Float[Tensor, "k ..."], Sequence[int]], Float[Tensor, "k *f 3 h w"]]
     """generate(noise, rows): differentiable map from noise to images; rows[j] says which sample noise[j] belongs to."""
     progress: Progress | None = None
     """Hears of every evaluation, where given."""
+    batch_size: int | None = None
+    """Images that may well be made at once, where the model's preset knows; memory and speed only."""
     loop: DenoisingLoop | None = None
     """The inside of `generate`, for methods that steer it; None where there is no such loop."""
 
@@ -122,10 +125,10 @@ class Trace:
 class NoiseResult:
     """The best image and noise of every sample, the image it started from, and the trace."""
 
-    images: Images
+    images: Float[Tensor, "b *f 3 h w"]
     noise: Float[Tensor, "b ..."] | None
     """What makes `images` again; None where no initial noise does, because the loop was steered on its way."""
-    initial_images: Images
+    initial_images: Float[Tensor, "b *f 3 h w"]
     trace: Trace
     distribution: NoiseDistribution | None = None
     """Of noises under which images score well, where the method learns one: more images of the same prompts can be drawn from it."""

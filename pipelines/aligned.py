@@ -30,6 +30,8 @@ class AlignedPipeline(StockBackbone):
 
     cosine_threshold: float | None = None
     """At which Adaptive Guidance stops guiding, calibrated for this model; set by presets."""
+    batch_size: int | None = None
+    """Images that a search may well make at once; set by presets."""
 
     # ---- the call ---------------------------------------------------------------------------------------------------------------
 
@@ -139,11 +141,11 @@ class AlignedPipeline(StockBackbone):
                 own = [inputs.continue_generator(states[row]) for row in rows]
                 return self.noise_to_images(noise, conditioning.rows(rows), sampler, own, output_type)
 
-            def generate(noise: Float[Tensor, "k ..."], rows: Sequence[int]) -> Float[Tensor, "k 3 h w"]:
+            def generate(noise: Float[Tensor, "k ..."], rows: Sequence[int]) -> Float[Tensor, "k *f 3 h w"]:
                 return run(noise, rows, "pt")
 
             loop = None if attached else SteeredLoop(self, conditioning, sampler, size, seeds)  # plugins act on the stock loop
-            result = method.search(NoiseProblem(noise, conditioning.prompts, seeds, generate, progress, loop))
+            result = method.search(NoiseProblem(noise, conditioning.prompts, seeds, generate, progress, self.batch_size, loop))
             best, first = result.images.detach(), result.initial_images.detach()
             if output_type == "latent" and result.noise is None:
                 raise ValueError(f"output_type='latent' cannot be used with the search {method.name!r}, which returns images alone")

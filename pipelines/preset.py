@@ -53,6 +53,8 @@ class Preset:
     """The dtype to use on an accelerator."""
     variant: str | None = None
     """The Hub's name of the half-precision files, where such files are known to exist."""
+    batch_size: int | None = None
+    """Images that a search may well make at once; None: one for each of the call's own. Memory and speed only."""
     cosine_threshold: float | None = None
     """Where Adaptive Guidance stops guiding, in its "auto" space; None where nobody has measured it."""
 

@@ -40,8 +40,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.methods.checks import check_flag, check_integer, check_number, formerly, no_gradient
+from diffalign.methods.search import try_candidates
 from diffalign.methods.tracking import Tracker
-from diffalign.noise import noise_statistics, norm_log_density, sample_dot, sample_norm, seeded_noise, spread, tangent, with_norm
+from diffalign.noise import noise_statistics, norm_log_density, sample_dot, sample_norm, spread, tangent, with_norm
 from diffalign.types import NoiseProblem, NoiseResult, Reward, RewardScores
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,8 @@ class ReNO:
         self.reward.prepare(problem.prompts)
         starts = max(self.budget // 2, 1) if self.starts is None else self.starts
         first = starts if starts > 1 else 0  # of the climb; a single start is the climb's own first evaluation
-        self._draw_starts(problem, tracker, first)
+        if first:
+            try_candidates(problem, tracker, self.reward, first, self.batch_size, self.name)
         rows = list(range(len(problem.noise)))
         noise, velocity = tracker.noise.clone(), torch.zeros_like(tracker.noise)
         origin, radius = noise, sample_norm(noise)
@@ -167,15 +169,6 @@ class ReNO:
                 noise = with_norm(noise, radius)
                 velocity = tangent(velocity, noise)
         return tracker.result(self, starts=starts)
-
-    def _draw_starts(self, problem: NoiseProblem, tracker: Tracker, count: int) -> None:
-        """Evaluate `count` noises of every sample without gradient; the tracker's noise is then the best of them."""
-        rows = list(range(len(problem.noise)))
-        for k in range(count):
-            given = problem.noise.detach().float()
-            noise = given if k == 0 else seeded_noise(given.shape[1:], problem.seeds, k, given.device)
-            images, scores, _ = self._evaluate(problem, noise, rows, with_gradient=False)
-            tracker.record(rows, noise, images, scores)
 
     def _evaluate(
         self, problem: NoiseProblem, noise: Float[Tensor, "k ..."], rows: list[int], with_gradient: bool

@@ -42,32 +42,40 @@ class BestOfN:
     budget: int = 50
     """N >= 1, candidates of each sample, the given noise included. ImageSelect's demo: 10; ReNO's budget: 50."""
     batch_size: int | None = None
-    """Images made at once, >= 1; None makes one candidate of every sample at once. Memory and speed only."""
+    """Images made at once, >= 1; None: what the model's preset says is good. Memory and speed only."""
 
     def __post_init__(self) -> None:
         check_integer("budget", self.budget, 1)
         if self.batch_size is not None:
             check_integer("batch_size", self.batch_size, 1)
 
-    @torch.no_grad()
     def search(self, problem: NoiseProblem) -> NoiseResult:
         """The best of N candidates of every sample. A candidate whose score is not finite is never chosen; a warning names it."""
         tracker = Tracker(problem)
         self.reward.prepare(problem.prompts)
-        given = problem.noise.detach().float()
-        b = len(given)
-        pairs = [(k, i) for k in range(self.budget) for i in range(b)]
-        size = self.batch_size or b
-        for at in range(0, len(pairs), size):
-            chunk = pairs[at : at + size]
-            rows = [i for _, i in chunk]
-            noise = torch.stack(
-                [given[i] if k == 0 else seeded_noise(given.shape[1:], [problem.seeds[i]], k, given.device)[0] for k, i in chunk]
-            )
-            images = problem.generate(noise, rows)
-            scores = self.reward(images, [problem.prompts[i] for i in rows])
-            totals = tracker.record(rows, noise, images, scores)["total"]
-            for (k, i), total in zip(chunk, totals, strict=True):
-                if not math.isfinite(total):
-                    logger.warning("%s: %s has reward %s at candidate %d, which is left out.", self.name, tracker.describe(i), total, k)
+        try_candidates(problem, tracker, self.reward, self.budget, self.batch_size, self.name)
         return tracker.result(self)
+
+
+@torch.no_grad()
+def try_candidates(problem: NoiseProblem, tracker: Tracker, reward: Reward, count: int, batch_size: int | None, name: str) -> None:
+    """Makes and scores `count` noises of every sample, the given one first, and enters them in `tracker`; `name` is for warnings.
+
+    batch_size: images made at once; without one, what the problem suggests.
+    """
+    given = problem.noise.detach().float()
+    b = len(given)
+    pairs = [(k, i) for k in range(count) for i in range(b)]
+    size = batch_size or max(problem.batch_size or 0, b)
+    for at in range(0, len(pairs), size):
+        chunk = pairs[at : at + size]
+        rows = [i for _, i in chunk]
+        noise = torch.stack(
+            [given[i] if k == 0 else seeded_noise(given.shape[1:], [problem.seeds[i]], k, given.device)[0] for k, i in chunk]
+        )
+        images = problem.generate(noise, rows)
+        scores = reward(images, [problem.prompts[i] for i in rows])
+        totals = tracker.record(rows, noise, images, scores)["total"]
+        for (k, i), total in zip(chunk, totals, strict=True):
+            if not math.isfinite(total):
+                logger.warning("%s: %s has reward %s at candidate %d, which is left out.", name, tracker.describe(i), total, k)
