@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.files import whole_file
 
 
-def spread(values: Float[Tensor, " b"], like: Float[Tensor, "b ..."]) -> Tensor:
+def spread(values: Shaped[Tensor, " b"], like: Float[Tensor, "b ..."]) -> Tensor:
     """One value per sample, shaped to multiply `like`."""
     return values.view(-1, *[1] * (like.dim() - 1))
 

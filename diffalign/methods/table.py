@@ -77,6 +77,22 @@ METHODS: tuple[Method, ...] = (
         summary="spend the whole budget on drawing noises and keep the image that the reward likes best",
     ),
     Method(
+        name="zero-order",
+        target="diffalign.methods.zero_order:ZeroOrder",
+        kind=NOISE,
+        from_budget="",
+        paper="Ma et al. 2025, arXiv 2501.09732",
+        summary="try noises near the best one, move to those that score better, narrow the search where none does",
+    ),
+    Method(
+        name="random-walk",
+        target="diffalign.methods.zero_order:ZeroOrder",
+        kind=NOISE,
+        from_budget="random_walk",
+        paper="Ma et al. 2025, arXiv 2501.09732",
+        summary="its control: the same steps, blind to the reward, the best image kept",
+    ),
+    Method(
         name="find",
         target="diffalign.methods.find:FIND",
         kind=NOISE,
