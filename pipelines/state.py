@@ -38,13 +38,25 @@ def silent_progress(pipeline: Any) -> Iterator[None]:
 
 @contextmanager
 def own_scheduler(pipeline: Any) -> Iterator[None]:
-    """A copy of the scheduler. Multi-step schedulers keep model outputs, which here would hold the last graph in memory."""
-    before = pipeline.scheduler
+    """A copy of the scheduler. Multi-step schedulers keep model outputs, which here would hold the last graph in memory.
+
+    What it remarks when its timesteps are set (LCM's does so of every list it is given) is said once, not in each of fifty calls.
+    """
+    before, said = pipeline.scheduler, set()
+
+    def once(record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in said
+        said.add(record.getMessage())
+        return new
+
+    logger = logging.getLogger(type(before).__module__)
+    logger.addFilter(once)
     try:
         pipeline.scheduler = copy.copy(before)
         yield
     finally:
         pipeline.scheduler = before
+        logger.removeFilter(once)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 import diffalign
 from diffalign.backbone import Size
 from diffalign.diffusion import Renoise
+from diffalign.pipelines.presets import PRESETS
 from diffalign.sampling import rollout
 from tests.families import tiny_sdxl
 from tests.families.test_contract import PROMPTS, SEEDS, Brightness, generators, values
@@ -80,6 +81,20 @@ def test_hyper_sdxl_is_one_prediction_from_800():
         expected = (stock.vae.decode(latents / 0.13025).sample / 2 + 0.5).clamp(0, 1)
         found = ours.noise_to_images(x, ours.encode(PROMPTS, unconditional=False), row.call)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hyper-sdxl", "sdxl-dmd2"])
+def test_a_preset_visits_its_own_timesteps_and_says_once_what_lcm_thinks_of_them(name, caplog):
+    ours = ROWS[name].pipeline(ROWS[name].aligned_class())
+    ours.defaults = {**PRESETS[name].defaults(), "height": 64, "width": 64}
+    assert ours.schedule().timesteps == PRESETS[name].timesteps
+    caplog.clear()
+    found = ours(PROMPTS, seed=SEEDS, plugins=[diffalign.BestOfN(Brightness(), budget=3 * PRESETS[name].steps)], output_type="np")
+    assert 0 < len([record for record in caplog.records if "timestep schedule" in record.getMessage()]) <= 2
+    plain = ours(PROMPTS, seed=SEEDS, output_type="np").images
+    np.testing.assert_allclose(values(found.initial_images), values(plain), rtol=0, atol=ATOL)
+    expected = ours(PROMPTS, seed=SEEDS, output_type="np", timesteps=list(PRESETS[name].timesteps), guidance_scale=0.0).images
+    assert np.array_equal(values(plain), values(expected))
 
 
 # ---- conditions ------------------------------------------------------------------------------------------------------------------
