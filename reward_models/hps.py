@@ -1,8 +1,8 @@
 """Human Preference Score v2 and v2.1. Score = cosine(image, prompt), as the published code returns it; the paper prints 100 times that.
 
 Paper: Wu et al., Human Preference Score v2 (arXiv 2306.09341). An open_clip ViT-H/14 tuned on ranked pictures; no logit scale, no head.
-Preprocessing as there: the longer side becomes 224 and the rest is padded with black *before* normalisation. The published code resizes a
-tensor, without antialiasing before torchvision 0.17 and with it since; here always with, as PIL does.
+Preprocessing as there: the longer side becomes 224 and the rest is padded with black *before* normalisation. The published code resizes
+float tensors, over both axes at once and uncut, without antialiasing before torchvision 0.17 and with it since; here always with.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HPS(RewardModel):
         self.clip = without_weights(lambda: open_clip.CLIP(**config))
         path = sources["model"].file(str(spec.options["file"]))
         load_strict(self.clip, read_weights(path, None), path)
-        self.pixels = Preprocess(config["vision_cfg"]["image_size"], OPENAI_MEAN, OPENAI_STD, "longest+pad")
+        self.pixels = Preprocess(config["vision_cfg"]["image_size"], OPENAI_MEAN, OPENAI_STD, "longest+pad", bytes_between=False)
         self.train(False)
 
     def encode_text(self, prompts: list[str]) -> Float[Tensor, "n d"]:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.files import read_json
-from diffalign.reward_models.pixels import resize
+from diffalign.reward_models.pixels import normalise, resize
 from diffalign.types import Images
 
 MOST_ASPECT = 200  # the original refuses thinner images
@@ -23,25 +23,30 @@ MOST_ASPECT = 200  # the original refuses thinner images
 
 @dataclass(frozen=True)
 class QwenPixels:
-    """From images "b 3 h w" in [0, 1] to patches "b n d" and their grid (rows, columns), in float32 or better.
-
-    patch: side in pixels. merge: patches a side that become one token. temporal: frames a patch spans; an image is repeated.
-    least, most: pixels of a resized image.
-    """
+    """From images "b 3 h w" in [0, 1] to patches "b n d" and their grid (rows, columns), in float32 or better."""
 
     patch: int
+    """Side of a patch, in pixels."""
     merge: int
+    """Patches a side that become one token."""
     temporal: int
+    """Frames a patch spans; an image is repeated."""
     mean: tuple[float, float, float]
+    """Subtracted from each channel."""
     std: tuple[float, float, float]
+    """Each channel is divided by it then."""
     least: int
+    """Pixels of a resized image, at least."""
     most: int
+    """Pixels of a resized image, at most."""
+    bytes_between: bool = True
+    """Resize as Pillow does; as the field of this name of `Preprocess`."""
 
     def __call__(self, images: Images) -> tuple[Float[Tensor, "b n d"], tuple[int, int]]:
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         height, width = self.size(*images.shape[-2:])
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        patches = self.patchify((resize(images, height, width) - mean) / std)
+        resized = resize(images, height, width, self.bytes_between)
+        patches = self.patchify(normalise(resized, self.mean, self.std))
         return patches, (height // self.patch, width // self.patch)
 
     def size(self, height: int, width: int) -> tuple[int, int]:

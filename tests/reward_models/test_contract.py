@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -67,10 +68,17 @@ def test_the_prompt_matters_exactly_where_the_table_says(load, images, name):
     assert same is not reward_models.SPECS[name].needs_prompt
 
 
+def smooth(reward):
+    """The reward without whole bytes between Pillow's passes, whose jumps no finite difference can follow."""
+    if hasattr(reward, "pixels"):
+        reward.pixels = dataclasses.replace(reward.pixels, bytes_between=False)
+    return reward
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
 def test_the_gradient_is_the_finite_difference(load, name, size):
-    reward = load(name)
+    reward = smooth(load(name))
     x = 0.3 + 0.4 * torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2))
     x.requires_grad_(True)
     (gradient,) = torch.autograd.grad(reward(x, PROMPTS[:2]).sum(), x)

@@ -50,12 +50,11 @@ def test_resizing_is_pils(size):
     height, width = settings.size(*size)
     resized = np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
     difference = (settings(tensor_of(picture))[0] - unbounded(tensor_of(resized))[0]).abs() * max(OPENAI_STD) * 255
-    assert difference.mean() < 0.45
-    assert difference.max() < 1.7
+    assert difference.max() < 1e-4
 
 
 def test_the_gradient_is_the_finite_difference():
-    small = QwenPixels(2, 2, 2, OPENAI_MEAN, OPENAI_STD, 16, 32)
+    small = QwenPixels(2, 2, 2, OPENAI_MEAN, OPENAI_STD, 16, 32, bytes_between=False)
     x = (0.3 + 0.4 * torch.rand(1, 3, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_(True)
     assert torch.autograd.gradcheck(lambda images: small(images)[0], (x,))
 
