@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from diffalign.commands import options
+
 if TYPE_CHECKING:
     import argparse
 
@@ -25,7 +27,7 @@ def load_parts(args: argparse.Namespace, mix: Mapping[str, float]) -> tuple[Any,
 
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # loading is over in a second or two; downloads keep their bars
-    pipeline = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype)
+    pipeline = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, **options.memory_arguments(args))
     pipeline.set_progress_bar_config(disable=True)  # our own bar counts evaluations; one more per denoising step would bury it
     if not mix:
         return pipeline, None

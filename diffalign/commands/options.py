@@ -16,6 +16,7 @@ from diffalign.methods.table import NOISE, find_method, names, suggestion
 
 METHODS = ("none", *names(NOISE))  # none: no search
 DTYPES = ("float32", "float16", "bfloat16")
+MEMORY = ("checkpointing", "sliced-decoder", "offload-text", "offload-all")
 SEED_LIMIT = 2**63  # what torch.Generator takes
 
 
@@ -160,6 +161,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=scale, metavar="X", help="classifier-free guidance (default: the pipeline's own)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="number type of the pipeline (default: the pipeline's own for the device)")
+    parser.add_argument("--memory", choices=MEMORY, nargs="+", default=(), metavar="WAY", help=f"spend less of it: {', '.join(MEMORY)}")
+    parser.add_argument("--attention", choices=("sdpa", "xformers"), default="sdpa", help="torch's own, or that of the extra xformers")
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
 
 
@@ -226,6 +229,20 @@ def require_gradient(methods: Iterable[str], mix: Mapping[str, float]) -> None:
     climbing = [name for name in methods if name != "none" and find_method(name, NOISE).needs_gradient]
     if flat and climbing:
         raise ValueError(f"reward {flat[0]!r} has no gradient, which {climbing[0]} climbs; --watch it, or use --method best-of-n")
+
+
+def memory_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What --memory and --attention mean to load_pipeline. Raises ValueError for both ways of offloading at once."""
+    ways = set(args.memory)
+    if {"offload-text", "offload-all"} <= ways:
+        raise ValueError("--memory takes offload-text or offload-all, not both: the latter includes the text encoders")
+    offload = "all" if "offload-all" in ways else "text" if "offload-text" in ways else None
+    return {
+        "attention": args.attention,
+        "gradient_checkpointing": "checkpointing" in ways,
+        "sliced_decoder": "sliced-decoder" in ways,
+        "offload": offload,
+    }
 
 
 def batch_size(args: argparse.Namespace, shapes_default: int) -> int:
