@@ -43,7 +43,7 @@ class Tracker:
         self,
         rows: Sequence[int],
         noise: Float[Tensor, "k ..."],
-        images: Float[Tensor, "k 3 h w"],
+        images: Float[Tensor, "k *f 3 h w"],
         scores: RewardScores,
         diagnostics: Mapping[str, Float[Tensor, " k"]] | None = None,
     ) -> dict[str, list[float]]:
@@ -88,7 +88,7 @@ class Tracker:
         return host
 
     def _send(
-        self, indices: Sequence[int], rows: Sequence[int], images: Float[Tensor, "k 3 h w"], scores: Mapping[str, Sequence[float]]
+        self, indices: Sequence[int], rows: Sequence[int], images: Float[Tensor, "k *f 3 h w"], scores: Mapping[str, Sequence[float]]
     ) -> None:
         """The events of what was just recorded, one for each evaluation that these rows belong to."""
         if self.problem.progress is None:
