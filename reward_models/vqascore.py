@@ -8,6 +8,9 @@ zhiqiulin/clip-flant5-xxl (or -xl), a T5 with a CLIP tower and a two-layer proje
 
 Each sample's mean is its own (a loss averaged over a batch, as some ports take it, is one number for all). The two pieces of text are
 tokenised apart, so an end token stands before the image, as in training. Padding is on the right of the encoder's input and masked.
+The original's SentencePiece drops blanks at both ends of a text. Published tokenizer.json files differ in that: some keep the
+blank that ends both pieces as a token of its own, which changes scores by up to three times. So it is taken off here.
+
 The question keeps its end: of a prompt beyond 2,048 tokens the rest is left out, and reported, where the original cuts the question.
 """
 
@@ -59,14 +62,15 @@ class VQAScore(RewardModel):
         self.t5, self.vision, self.projector = build(sources["model"].file("config.json"), tensors, path)
         self.tokenizer = read_plain_tokenizer(sources["tokenizer"])
         self.special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
-        before, answer = self.tokenizer.encode(SYSTEM).ids, self.tokenizer.encode(ANSWER).ids
+        before, answer = self.tokenizer.encode(SYSTEM.strip()).ids, self.tokenizer.encode(ANSWER).ids
         self.register_buffer("before", torch.tensor(before), persistent=False)
         self.register_buffer("answer", torch.tensor(answer), persistent=False)
         self.pixels = Preprocess(self.vision.config.image_size, OPENAI_MEAN, OPENAI_STD, "square+mean")
         self.train(False)
 
     def encode_text(self, prompts: list[str]) -> list[Int[Tensor, " l"]]:
-        return [torch.tensor(self.tokenizer.encode(QUESTION.replace("{}", self._cut(prompt))).ids) for prompt in prompts]
+        questions = [QUESTION.replace("{}", self._cut(prompt)).strip() for prompt in prompts]
+        return [torch.tensor(self.tokenizer.encode(question).ids) for question in questions]
 
     def _cut(self, prompt: str) -> str:
         for token in self.special:  # T5's vocabulary holds its own special tokens, so that "</s>" in a prompt would be one

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from diffalign.reward_models.vqascore import QUESTION, SYSTEM
 from tests.reward_models.conftest import PROMPTS
+from tests.reward_models.tiny_tokenizers import save_tokenizer, t5_tokenizer
 from tests.reward_models.tiny_vlms import tiny_clip_t5
 
 NAME = "vqascore"
@@ -57,6 +58,20 @@ def test_equals_the_models_own_loss_one_sample_at_a_time(reward, tensors, weight
     expected = torch.stack(expected)
     assert 0.1 < expected.min() < expected.max() < 0.9
     torch.testing.assert_close(reward(images, PROMPTS), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_scores_are_those_of_sentencepiece_whichever_tokenizer_file_is_published(load, reward, copy, images):
+    """SentencePiece, which the original uses, drops blanks at the ends; a tokenizer of Metaspace alone makes a token of them."""
+    keeping = t5_tokenizer(keeps_blanks=True)
+    assert keeping.encode(SYSTEM).tokens[-3:] == ["\u2581USER:", "\u2581", "</s>"]
+    assert t5_tokenizer().encode(SYSTEM).tokens[-2:] == ["\u2581USER:", "</s>"]
+    save_tokenizer(keeping, copy.parent / "tokenizer")
+    other = load(NAME, copy.parents[1])
+    for prompt in PROMPTS:
+        assert other.encode_text([prompt])[0].tolist() == reward.encode_text([prompt])[0].tolist()
+    assert other.before.tolist() == reward.before.tolist() == t5_tokenizer().encode(SYSTEM).ids
+    with torch.no_grad():
+        assert torch.equal(other(images, PROMPTS), reward(images, PROMPTS))
 
 
 def test_the_templates_are_the_published_ones():

@@ -38,14 +38,19 @@ def bert_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def t5_tokenizer() -> Tokenizer:
-    """A unigram model over words that begin with a mark, "</s>" at the end, as flan-t5 has it."""
+def t5_tokenizer(keeps_blanks: bool = False) -> Tokenizer:
+    """A unigram model over words that begin with a mark, "</s>" at the end, as flan-t5 has it.
+
+    keeps_blanks: split by Metaspace alone, as files converted by some versions of transformers do, so that a blank at the end of a
+    text becomes a token.
+    """
     words = dict.fromkeys([*WORDS.split(), "Yes", "Does", "Please", "USER:", "ASSISTANT:"])
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -3.0) for word in words)]
     pieces += [(character, -8.0) for character in "\u2581" + string.ascii_letters + string.digits + string.punctuation]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    apart = [] if keeps_blanks else [pre_tokenizers.WhitespaceSplit()]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*apart, pre_tokenizers.Metaspace()])
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer
