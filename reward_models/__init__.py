@@ -8,6 +8,7 @@ Nothing heavy is imported until `load` is called. How to add one: a file with a 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
@@ -44,16 +45,18 @@ def load(
     source: str | Path | Mapping[str, str | Path] | None = None,
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
+    options: Mapping[str, str | int | float] | None = None,
 ) -> RewardModel:
     """A reward ready to call: frozen, in evaluation mode, on `device`.
 
     source: where its weights lie, instead of the table's place: a folder, a file, a Hub repository "org/name" or "org/name:file", an https
     address; or a mapping from parts (the keys of the row's `checkpoint`) to such places.
     dtype: of the backbone, "float32", "float16" or "bfloat16"; the row's own without one. Heads, products and scores stay float32.
-    Raises ValueError (unknown name; a source for a reward without weights; a damaged file, which is named), FileNotFoundError (weights
-    missing) and OSError (the Hub cannot be reached).
+    options: other values for some of the row's `options`, such as {"threshold": 0.3} for "mps".
+    Raises ValueError (unknown name or option; a source for a reward without weights; a damaged file, which is named), FileNotFoundError
+    (weights missing) and OSError (the Hub cannot be reached).
     """
-    spec = spec_of(name)
+    spec = _with_options(spec_of(name), options or {})
     places = sources_of(spec, source)
     chosen = str(spec.dtype if dtype is None else dtype).removeprefix("torch.")
     if chosen not in DTYPES:
@@ -64,3 +67,11 @@ def load(
     cls = getattr(importlib.import_module(module), attribute)
     model = cls(spec, places) if places else cls(spec)
     return model.cast(getattr(torch, chosen)).to(device)
+
+
+def _with_options(spec: Spec, options: Mapping[str, str | int | float]) -> Spec:
+    """The row with other values of its own options. Raises ValueError for an option it does not have."""
+    unknown = [key for key in options if key not in spec.options]
+    if unknown:
+        raise ValueError(f"reward {spec.name!r} has no option {unknown[0]!r}; it has {', '.join(spec.options) or 'none'}")
+    return dataclasses.replace(spec, options={**spec.options, **options})

@@ -5,12 +5,13 @@ ViT-H/14 attend to those tokens of the prompt that a *condition*, a list of word
 compared with the prompt.
 
     T = projected text tokens (all 77, padding too)     C = the same of the condition     I = projected image tokens, before the last norm
-    m_i = max_j T_i . C_j       token i is kept where m_i / max_i m_i > 0.01
+    m_i = max_j T_i . C_j       token i is kept where m_i / max_i m_i > threshold
     I <- I + CrossAttention(I, kept T);   I <- I + SelfAttention(I)        four times
     score = exp(s) cos(I_0, T_end)
 
 The released code divides by the greatest m of the *batch*, so that a score depends on its batch mates; here by the prompt's own, which is
-what that code does when it is given one prompt. Its model and example keep what is above 0.01, as here; its evaluation scripts 0.3.
+what that code does when it is given one prompt. The threshold of its model and of its example is 0.01, the default here; that of
+its evaluation scripts, and so of the paper's tables, 0.3: load("mps", options={"threshold": 0.3}).
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "
     "attributes, position, number, location, word, things."
 )
-KEPT = 0.01
 LAYERS, HEADS, HEAD_WIDTH, WIDENING = 4, 16, 64, 4
 ROTARY_BASE = 10_000
 
@@ -43,14 +43,19 @@ ROTARY_BASE = 10_000
 class MPS(RewardModel):
     """The weights are the tensor-only port: "mps.model.*" under transformers' names, "mps.cross_model.*", and no configuration.
 
-    Option architecture: open_clip's name for the CLIP it holds. The released original is a pickled module, which is not read.
+    Options: architecture, open_clip's name for the CLIP it holds; threshold in [0, 1), see above. The released original is a pickled
+    module, which is not read.
     """
 
     text_modules = tuple(f"clip.{name}" for name in TRANSFORMERS_TEXT)
-    cached_prompts = 1024  # 160 kB each in half precision
+    cached_prompts = 1024  # 320 kB each in float32, half of that in half precision
 
     def __init__(self, spec: Spec, sources: Mapping[str, Source]) -> None:
         super().__init__(spec)
+        self.threshold = float(spec.options["threshold"])
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"reward {self.name!r}: option threshold must be at least 0 and below 1, got {spec.options['threshold']!r}")
+        self._condition: Tensor | None = None
         config = clip_config(str(spec.options["architecture"]))
         self.clip = without_weights(lambda: CLIPModel(config))
         self.cross = without_weights(lambda: CrossModel(config.projection_dim))
@@ -67,11 +72,16 @@ class MPS(RewardModel):
         """Rows: the end token's embedding, then all 77 tokens; beside the embedding a column that is 1 for tokens that are kept."""
         ids = transformers_tokens(prompts, self.name).to(self.clip.device)
         tokens = self._text(ids)
-        condition = self._text(transformers_tokens([OVERALL], self.name).to(self.clip.device))[0]
-        kept = related(tokens, condition)
+        if self._condition is None:
+            self._condition = self._text(transformers_tokens([OVERALL], self.name).to(self.clip.device))[0]
+        kept = related(tokens, self._condition, self.threshold)
         end = tokens[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]  # the end token has the greatest id
         rows = torch.cat([end[:, None], tokens], dim=1)
         return torch.cat([rows, F.pad(kept, (1, 0)).to(rows.dtype)[..., None]], dim=2)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._condition = None  # also of another device or dtype
 
     def _text(self, ids: Tensor) -> Float[Tensor, "n l d"]:
         return self.clip.text_projection(self.clip.text_model(input_ids=ids).last_hidden_state)
@@ -83,10 +93,10 @@ class MPS(RewardModel):
         return self.scale * cosine(self.cross(tokens, text, kept)[:, 0], end)
 
 
-def related(tokens: Float[Tensor, "n l d"], condition: Float[Tensor, "m d"]) -> Bool[Tensor, "n l"]:
+def related(tokens: Float[Tensor, "n l d"], condition: Float[Tensor, "m d"], threshold: float) -> Bool[Tensor, "n l"]:
     """Which tokens of each prompt have to do with the condition, measured by the prompt's own greatest similarity."""
     similarity = (tokens.float() @ condition.float().T).amax(dim=2)
-    return similarity / similarity.amax(dim=1, keepdim=True) > KEPT
+    return similarity / similarity.amax(dim=1, keepdim=True) > threshold
 
 
 class Residual(nn.Module):

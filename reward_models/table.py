@@ -164,7 +164,7 @@ SPECS: dict[str, Spec] = {
         unit="exp(logit scale) x cosine: nats of log-odds between two images of one prompt",
         checkpoint={"model": "RE-N-Y/mpsv1"},
         memory=4.42,
-        options={"architecture": "ViT-H-14"},
+        options={"architecture": "ViT-H-14", "threshold": 0.01},
     ),
     "image-reward": Spec(
         name="image-reward",
@@ -201,7 +201,7 @@ SPECS: dict[str, Spec] = {
     "vlm-judge": Spec(
         name="vlm-judge",
         target="diffalign.reward_models.vlm_judge:VLMJudge",
-        paper="Lin et al., VQAScore (arXiv 2404.01291), on a decoder; Bai et al., Qwen3-VL (arXiv 2511.21631)",
+        paper="related to Lin et al., VQAScore (arXiv 2404.01291); Bai et al., Qwen3-VL (arXiv 2511.21631)",
         licence="Apache-2.0",
         range=(0.0, 1.0),
         unit="probability of yes among yes and no",

@@ -1,7 +1,8 @@
 """`vlm-judge`: a Qwen-VL asked a yes/no question. Score = P(yes) / (P(yes) + P(no)) of the first token of its answer.
 
-The form is VQAScore's for decoders (Lin et al., arXiv 2404.01291); GenEval 2 (arXiv 2512.16853) reads its judge in the same way. Any
-Qwen2-VL, Qwen2.5-VL or Qwen3-VL folder will do. A word counts under every spelling that is one token: Yes, yes, and either after a space.
+GenEval 2 (arXiv 2512.16853) reads its judge in this way. It is related to VQAScore (Lin et al., arXiv 2404.01291), and not its form for
+decoders: that is P("Yes") among the whole vocabulary, a geometric mean where the answer has several tokens. Any Qwen2-VL, Qwen2.5-VL
+or Qwen3-VL folder will do. A word counts under every spelling that is one token: Yes, yes, and either after a space.
 
     reward(images, prompts)                asks 'Does this image show "<prompt>"? Please answer yes or no.'
     judge.ask(images, questions)           asks the questions themselves

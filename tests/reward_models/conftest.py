@@ -108,13 +108,13 @@ def load(weights, server):
     A reward of several parts has a folder for each. What a row says of its checkpoint's architecture holds for the tiny one while it loads.
     """
 
-    def fresh(name: str, root: Path = weights, dtype: str | None = "float32"):
+    def fresh(name: str, root: Path = weights, dtype: str | None = "float32", **options):
         spec = reward_models.SPECS[name]
         parts = {part: root / name / part for part in spec.checkpoint}
         source = server if name == "http" else parts if len(parts) > 1 else root / name if parts else None
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(reward_models.SPECS, name, tiny_clips.tiny_spec(spec))
-            return reward_models.load(name, source=source, dtype=dtype)
+            return reward_models.load(name, source=source, dtype=dtype, options=options)
 
     return fresh
 

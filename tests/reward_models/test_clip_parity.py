@@ -194,14 +194,14 @@ def test_image_rewards_hold_no_text_tower(load, name):
 # ---- MPS -------------------------------------------------------------------------------------------------------------------------
 
 
-def mps_by_hand(tensors: dict[str, torch.Tensor], model, pixels: torch.Tensor, prompt: str) -> float:
+def mps_by_hand(tensors: dict[str, torch.Tensor], model, pixels: torch.Tensor, prompt: str, threshold: float) -> float:
     """One sample and one head at a time: no batch, attention written out, rotary positions as complex numbers."""
     ids = open_clip.tokenize([prompt, OVERALL])
     ids[ids.eq(0) & (ids.eq(49407).cumsum(1) > 0)] = 49407  # transformers pads with the end token, open_clip with zeros
     text, condition = model.text_projection(model.text_model(input_ids=ids).last_hidden_state)
     image = model.visual_projection(model.vision_model(pixel_values=pixels[None]).last_hidden_state)[0]
     greatest = torch.einsum("id,jd->ij", text, condition).max(dim=1).values
-    mask = torch.where(greatest / greatest.max() > 0.01, 0.0, -math.inf)
+    mask = torch.where(greatest / greatest.max() > threshold, 0.0, -math.inf)
     for i in range(4):
         cross = {key.split(".fn.")[1]: t for key, t in tensors.items() if f"layers.{i}.0." in key and "cross_model" in key}
         own = {key.split(".fn.")[1]: t for key, t in tensors.items() if f"layers.{i}.1." in key and "cross_model" in key}
@@ -235,16 +235,41 @@ def turn(x, frequencies):
 
 
 @torch.no_grad()
-def test_mps_is_the_published_formula_sample_by_sample(weights, load, small):
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.95}])
+def test_mps_is_the_published_formula_sample_by_sample(weights, load, small, options):
     from transformers import CLIPConfig, CLIPModel
 
     tensors = load_file(weights / "mps" / "model.safetensors")
     model = CLIPModel(CLIPConfig.from_dict(tiny_clips.hf_config())).eval()
     own = {key.removeprefix("mps.model."): t for key, t in tensors.items() if key.startswith("mps.model.") and "position_ids" not in key}
     model.load_state_dict(own)
-    expected = torch.tensor([mps_by_hand(tensors, model, *sample) for sample in zip(normalised(small), PROMPTS, strict=True)])
+    threshold = options.get("threshold", 0.01)
+    expected = torch.tensor([mps_by_hand(tensors, model, *sample, threshold) for sample in zip(normalised(small), PROMPTS, strict=True)])
     assert expected.std() > 0.01
-    torch.testing.assert_close(load("mps")(small, PROMPTS), expected, **EXACT)
+    torch.testing.assert_close(load("mps", **options)(small, PROMPTS), expected, **EXACT)
+
+
+@torch.no_grad()
+def test_the_threshold_of_mps_decides_which_tokens_are_kept(load, small):
+    kept = {threshold: load("mps", threshold=threshold).encode_text(PROMPTS)[:, 1:, -1].sum() for threshold in (0.01, 0.95)}
+    assert kept[0.95] < kept[0.01]
+    with pytest.raises(ValueError, match=r"option threshold must be at least 0 and below 1, got 30"):
+        load("mps", threshold=30)
+    with pytest.raises(ValueError, match=r"'mps' has no option 'treshold'; it has architecture, threshold"):
+        load("mps", treshold=0.3)
+    with pytest.raises(ValueError, match=r"'brightness' has no option 'threshold'; it has none"):
+        load("brightness", threshold=0.3)
+
+
+@torch.no_grad()
+def test_the_condition_of_mps_is_encoded_once_for_each_place_and_dtype(load, small):
+    reward, encoded = load("mps"), []
+    reward.clip.text_model.register_forward_hook(lambda module, arguments, output: encoded.append(len(output.last_hidden_state)))
+    exact = [reward(small[:1], [prompt]) for prompt in ("a red ring", "a blue ring", "a ring")]
+    assert encoded == [1, 1, 1, 1]  # a prompt, the condition, and two prompts
+    encoded.clear()
+    assert reward.bfloat16()(small[:1], ["a ring"]) != exact[-1]
+    assert encoded == [1, 1]
 
 
 @torch.no_grad()
@@ -262,7 +287,7 @@ def test_tokens_are_kept_by_their_own_prompts_measure():
     """Similarities (4, 0.02, -1) and (400, 5, 2): of the greatest of each, 1, 0.005, less than 0; and 1, 0.0125, 0.005."""
     condition = torch.eye(2)
     tokens = torch.tensor([[[4.0, 0.0], [0.0, 0.02], [-1.0, -2.0]], [[400.0, 0.0], [5.0, 1.0], [2.0, -9.0]]])
-    assert related(tokens, condition).tolist() == [[True, False, False], [True, True, False]]
+    assert related(tokens, condition, 0.01).tolist() == [[True, False, False], [True, True, False]]
 
 
 def test_rotary_positions_are_relative():
