@@ -251,8 +251,8 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 def test_memory_options_say_what_load_pipeline_is_told():
-    arguments = options.memory_arguments(parse("generate", "x", "--memory", "checkpointing", "offload-text", "--attention", "xformers"))
+    arguments = evaluation.memory_arguments(parse("generate", "x", "--memory", "checkpointing", "offload-text", "--attention", "xformers"))
     assert arguments == {"attention": "xformers", "gradient_checkpointing": True, "sliced_decoder": False, "offload": "text"}
-    assert options.memory_arguments(parse("generate", "x"))["offload"] is None
+    assert evaluation.memory_arguments(parse("generate", "x"))["offload"] is None
     with pytest.raises(ValueError, match="not both"):
-        options.memory_arguments(parse("generate", "x", "--memory", "offload-text", "offload-all"))
+        evaluation.memory_arguments(parse("generate", "x", "--memory", "offload-text", "offload-all"))

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from diffalign.commands import options
-
 if TYPE_CHECKING:
     import argparse
 
@@ -27,12 +25,26 @@ def load_parts(args: argparse.Namespace, mix: Mapping[str, float]) -> tuple[Any,
 
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # loading is over in a second or two; downloads keep their bars
-    pipeline = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, **options.memory_arguments(args))
+    pipeline = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, **memory_arguments(args))
     pipeline.set_progress_bar_config(disable=True)  # our own bar counts evaluations; one more per denoising step would bury it
     if not mix:
         return pipeline, None
     rules = {"rule": args.reward_rule, "gradient": args.reward_gradient, "calibration": args.calibration}
     return pipeline, load_reward(dict(mix), watch=tuple(args.watch or ()), **rules, device=str(pipeline.device))
+
+
+def memory_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What --memory and --attention mean to load_pipeline. Raises ValueError for both ways of offloading at once."""
+    ways = set(args.memory)
+    if {"offload-text", "offload-all"} <= ways:
+        raise ValueError("--memory takes offload-text or offload-all, not both: the latter includes the text encoders")
+    offload = "all" if "offload-all" in ways else "text" if "offload-text" in ways else None
+    return {
+        "attention": args.attention,
+        "gradient_checkpointing": "checkpointing" in ways,
+        "sliced_decoder": "sliced-decoder" in ways,
+        "offload": offload,
+    }
 
 
 def score(reward: Any, images: Sequence[Any], prompts: Sequence[str], device: Any) -> list[dict[str, list[float]]]:

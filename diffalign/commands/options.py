@@ -231,20 +231,6 @@ def require_gradient(methods: Iterable[str], mix: Mapping[str, float]) -> None:
         raise ValueError(f"reward {flat[0]!r} has no gradient, which {climbing[0]} climbs; --watch it, or use --method best-of-n")
 
 
-def memory_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What --memory and --attention mean to load_pipeline. Raises ValueError for both ways of offloading at once."""
-    ways = set(args.memory)
-    if {"offload-text", "offload-all"} <= ways:
-        raise ValueError("--memory takes offload-text or offload-all, not both: the latter includes the text encoders")
-    offload = "all" if "offload-all" in ways else "text" if "offload-text" in ways else None
-    return {
-        "attention": args.attention,
-        "gradient_checkpointing": "checkpointing" in ways,
-        "sliced_decoder": "sliced-decoder" in ways,
-        "offload": offload,
-    }
-
-
 def batch_size(args: argparse.Namespace, shapes_default: int) -> int:
     """The given --batch-size; else one image at a time, or `shapes_default` for the embedded models, which are tiny."""
     return args.batch_size or (shapes_default if is_shapes(args.pipeline) else 1)
