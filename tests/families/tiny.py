@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffalign.pipelines.presets import FAMILIES, PRESETS
-from tests.families import tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl, tiny_wan
+from tests.families import tiny_flux, tiny_pixart, tiny_sana, tiny_sd, tiny_sd3, tiny_sdxl, tiny_wan
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,5 @@ class Row:
         return pipeline
 
 
-FILES = (tiny_sd, tiny_sdxl, tiny_sd3, tiny_flux, tiny_pixart, tiny_wan)
+FILES = (tiny_sd, tiny_sdxl, tiny_sd3, tiny_flux, tiny_pixart, tiny_sana, tiny_wan)
 ROWS: dict[str, Row] = {row.name or row.preset: row for file in FILES for row in (Row(**row) for row in file.ROWS)}
