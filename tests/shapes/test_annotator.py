@@ -10,7 +10,7 @@ import torch
 
 from diffalign.benchmarks.geneval_rules import Detection, evaluate
 from diffalign.shapes import prompts
-from diffalign.shapes.scenes import Scene, Thing, render
+from diffalign.shapes.scenes import SHAPES, Scene, Thing, render
 from diffalign.shapes.train import judged as made
 from diffalign.shapes.train import rewards_auc, text
 from diffalign.shapes.train import rewards_captioner_tune as tune
@@ -156,6 +156,25 @@ def test_the_annotator_says_what_it_sees_and_nothing_that_is_reserved(tokenizer)
 def test_an_image_with_nothing_in_it_has_no_caption(tokenizer):
     said = describing.described(torch.full((1, 2, 64, 64, 3), 144, dtype=torch.uint8), tokenizer, 1, 0.1)
     assert not said.known.any()
+    assert not said.regions.any()
+
+
+def test_regions_are_where_things_are_and_of_their_kind_and_colour(tokenizer):
+    scene = Scene((Thing("circle", "red", 16, 16, 12), Thing("heart", "blue", 46, 46, 12)))
+    image = render(scene)
+    image[30:44, 8:12] = (250, 250, 250)  # a stroke that is no shape
+    said = describing.described(torch.from_numpy(image)[None, None], tokenizer, 1, 0.0)
+    kinds, hues = (labels[0].view(8, 8) for labels in describing.cell_labels(said.regions[0], 8))
+    assert (kinds[2, 2], hues[2, 2]) == (SHAPES.index("circle") + 1, describing.COLOR_NAMES.index("red") + 1)
+    assert (kinds[5, 5], hues[5, 5]) == (SHAPES.index("heart") + 1, describing.COLOR_NAMES.index("blue") + 1)
+    assert kinds[4, 1] == describing.NO_SHAPE
+    assert kinds[0, 7] == hues[0, 7] == 0
+    sure = torch.zeros(1, 64, describing.KINDS + describing.HUES)
+    sure[0, torch.arange(64), kinds.flatten()] = 50.0
+    sure[0, torch.arange(64), describing.KINDS + hues.flatten()] = 50.0
+    assert describing.region_loss(sure, kinds.view(1, 64), hues.view(1, 64)).item() < 1e-5
+    even = describing.region_loss(torch.zeros_like(sure), kinds.view(1, 64), hues.view(1, 64)).item()
+    assert even == pytest.approx(2 * math.log(describing.KINDS * describing.HUES), rel=1e-4)
 
 
 # --- AUC and best of n --------------------------------------------------------------------------------------------------------

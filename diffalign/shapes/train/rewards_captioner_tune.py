@@ -5,7 +5,8 @@ the judge, on prompts of training combinations alone (`judged.annotator_rows`). 
 end token (what is said, not that no more is),
 
     loss = - mean over pairs of log sigmoid(s(preferred, c) - s(other, c)) + the two terms of the first part
-           - log p of what the annotator says it sees in the images (`rewards_described.py`, as often wrong),
+           - log p of what the annotator says it sees in the images + cross-entropy of the regions it marks
+             (`rewards_described.py`, as often wrong),
 
 a Bradley-Terry model (as in ImageReward, Xu et al., arXiv 2304.05977) whose scores stay likelihoods. It goes in rounds: the first learns
 from plain images of both generators, each later one also from climbs of what the round before had learnt.
@@ -22,17 +23,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from diffalign.reward_models.shapes_captioner import Captioner
+from diffalign.reward_models.shapes_captioner import CELLS, Captioner
 from diffalign.shapes.train import judged as made
 from diffalign.shapes.train import loop
 from diffalign.shapes.train import rewards_captions as captions
 from diffalign.shapes.train.judged import Judged
 from diffalign.shapes.train.rewards_captioner import CaptioningConfig, caption_terms
 from diffalign.shapes.train.rewards_climb import ClimbConfig, climber
-from diffalign.shapes.train.rewards_described import CAPTIONS, Descriptions, described
+from diffalign.shapes.train.rewards_described import CAPTIONS, HUES, KINDS, Descriptions, cell_labels, described, region_loss
 from diffalign.shapes.train.rewards_images import autoencoded, disturb
 
 FLIPPED = 0.1  # share of votes that name the wrong image
@@ -58,6 +59,8 @@ class TuneConfig:
     prompts: int = 8  # of a step
     votes: float = 1.0  # weight of the preference term
     described: float = 0.1  # weight of the annotator's captions of generated images, in nats a caption
+    regions: float = 0.5  # weight of the regions it marks, asked of the image's tokens by a linear head that is dropped afterwards
+    regions_from: int = 2  # round in which that begins (the first two of the shipped reward were trained before it was thought of)
     captions: CaptioningConfig = field(default_factory=lambda: CaptioningConfig(batch=32))  # of the terms of the first part
     scenes: int = 6_000  # drawn for these
 
@@ -122,11 +125,12 @@ def tuning_loss(
     settings: TuneConfig,
     device: str,
     shift: int = 0,
+    head: nn.Module | None = None,
 ) -> Callable:
     """The loss of one step, as the loop wants it.
 
     sources: ballots, each with its share of a step's prompts. shift: by how many pixels at most generated images are moved; 0 leaves
-    them as they are.
+    them as they are. head: asked for the regions; without one they are not.
     """
     table = captions.blocked_words(tokenizer).to(device)
     half = settings.captions.batch // 2
@@ -150,9 +154,11 @@ def tuning_loss(
         seen_ids, seen_rows, known = (torch.stack(part).to(device) for part in zip(*seen, strict=True))
         drawn = disturb(as_pixels(pool.images[rows], device), generator)
         shown = torch.cat([b.images[i] for b, i in picked])
+        regions = torch.cat([b.said.regions[i] for b, i in picked])
         if shift:
             sided = (torch.stack([*prompts, *seen_ids]).cpu().unsqueeze(2) == sides).any(dim=2).any(dim=1).view(2, -1).any(dim=0)
-            shown = moved(shown, ~sided, shift, generator)
+            both = moved(torch.cat([shown, regions[..., None]], dim=3), ~sided, shift, generator)
+            shown, regions = both[..., :3], both[..., 3]
         images = torch.cat([drawn, as_pixels(shown, device)])
         images = images.contiguous(memory_format=torch.channels_last)
         ids, differs = pool.ids[rows, choice].to(device), pool.differs[rows, choice].to(device)
@@ -168,15 +174,20 @@ def tuning_loss(
         seen_nats = -(told.sum(dim=1) * known).sum() / known.sum().clamp(min=1)
         loss = settings.votes * preference + settings.captions.words * words + settings.captions.ranking * ranking
         loss = loss + settings.described * seen_nats
-        figures = {"preference": preference, "agreed": agreed, "nats": words, "seen": seen_nats, "ranking": ranking}
+        marked = loss.new_zeros(())
+        if head is not None:
+            kinds, hues = (labels.to(device) for labels in cell_labels(regions, CELLS))
+            marked = region_loss(head(memory[2 * half :].float()), kinds, hues)
+            loss = loss + settings.regions * marked
+        figures = {"preference": preference, "agreed": agreed, "nats": words, "seen": seen_nats, "ranking": ranking, "regions": marked}
         return loss, {name: value.item() for name, value in figures.items()}
 
     return loss_of
 
 
 def moved(
-    images: UInt8[Tensor, "n h w 3"], symmetric: Bool[Tensor, " n"], shift: int, generator: torch.Generator
-) -> UInt8[Tensor, "n h w 3"]:
+    images: UInt8[Tensor, "n h w c"], symmetric: Bool[Tensor, " n"], shift: int, generator: torch.Generator
+) -> UInt8[Tensor, "n h w c"]:
     """Images moved by up to `shift` pixels each way, their edges repeated, and half of the `symmetric` ones mirrored.
 
     Neither changes the judge's verdict: every shape of the world is its own mirror image.
@@ -233,6 +244,7 @@ def train_rounds(
     pool = captions.draw_pool(settings.scenes, config.seed, tokenizer)
     pool.images[::2] = autoencoded(pool.images[::2], turbo.vae, config.seed)
     climbed: list[Judged] = []
+    head: nn.Linear | None = None
     seconds = 0.0
     for k in range(settings.rounds):
         own = config.seed + 100 * k
@@ -251,8 +263,12 @@ def train_rounds(
         torch.manual_seed(config.seed + k)
         steps = config.steps if k else min(settings.first_steps, config.steps)
         settled = dataclasses.replace(config, steps=steps, seed=config.seed + k)
-        trainee = loop.Trainee({"captioner": model}, settled, run / f"reward_round{k}.safetensors")
-        loss_of = tuning_loss(model, current, pool, tokenizer, settings, device, shift=settings.shift if k else 0)
+        modules: dict[str, nn.Module] = {"captioner": model}
+        if k >= settings.regions_from:
+            head = head or nn.Linear(model.config.width, KINDS + HUES).to(device)
+            modules["regions"] = head
+        trainee = loop.Trainee(modules, settled, run / f"reward_round{k}.safetensors")
+        loss_of = tuning_loss(model, current, pool, tokenizer, settings, device, shift=settings.shift if k else 0, head=head)
         loop.train(trainee, loss_of, f"shapes-reward, round {k}")
         trainee.use_average()
         seconds += trainee.seconds
