@@ -210,10 +210,12 @@ class StockBackbone:
     ) -> Float[Tensor, "b ..."]:
         """Float32 images in [0, 1] (or latents, for output_type "latent") from unit-variance noise; differentiable in everything.
 
-        arguments: stock arguments from `search_arguments`; `defaults` fill in the rest. generators: one for each sample, for samplers that
-        draw noise at every step. Gradients also reach parameters that require them; a search freezes those first.
+        arguments: stock arguments from `search_arguments`; the conditioning's embedded scale and `defaults` fill in the rest. generators:
+        one for each sample, for samplers that draw noise at every step. Gradients also reach parameters that require them; a search
+        freezes those first.
         """
-        arguments = self.with_defaults(dict(arguments or {}))
+        embedded = {} if conditioning.embedded_scale is None else {"guidance_scale": conditioning.embedded_scale}
+        arguments = self.with_defaults({**embedded, **(arguments or {})})
         inputs.refuse(arguments, self.search_arguments, "noise_to_images")
         size = self.size_of(arguments)
         self._check_noise("noise", noise, len(conditioning), size)

@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 import diffalign
 from diffalign.backbone import Size
 from diffalign.pipelines.presets import PRESETS
+from diffalign.sampling import rollout
 from tests.families.test_contract import PROMPTS, SEEDS, Brightness, generators
 from tests.families.tiny import ROWS
 
@@ -106,6 +107,21 @@ def test_the_embedded_scale_is_what_the_stock_call_would_take(dev, schnell):
     preset.defaults = {**PRESETS["flux-dev"].defaults(), "guidance_scale": 2.0}
     assert preset.encode(PROMPTS, unconditional=False).embedded_scale == 2.0
     assert preset.embedded_scale_of({}) == 2.0
+
+
+def test_what_the_conditioning_says_of_the_embedded_scale_goes_for_the_stock_loop_and_ours(dev):
+    call = {"height": 48, "width": 80, "num_inference_steps": 2}
+    noise = dev.draw_noise(generators(), SIZE)
+    made = []
+    for scale in (3.5, 7.0):
+        conditioning = dev.encode(PROMPTS, unconditional=False, size=SIZE, embedded_scale=scale)
+        with torch.no_grad():
+            made.append(dev.noise_to_images(noise, conditioning, call, output_type="latent"))
+            sampler = dev.stock_sampler(dev.timed_scheduler(2, size=SIZE))
+            ours = rollout(dev, noise, conditioning, dev.schedule(2, size=SIZE), sampler).latents
+        assert torch.equal(ours, made[-1])
+        assert torch.equal(dev.noise_to_images(noise, conditioning, {**call, "guidance_scale": 3.5}, output_type="latent"), made[0])
+    assert not torch.allclose(*made, atol=1e-3)
 
 
 def test_without_a_negative_prompt_true_guidance_is_off_and_a_search_says_so(dev):
