@@ -218,7 +218,7 @@ def test_images_are_made_once_and_belong_to_their_prompts(tokenizer, tmp_path):
 
 def test_rounds_resume_to_the_bit_and_the_reward_they_leave_loads(small, tokenizer, tmp_path, monkeypatch):
     settings = tune.TuneConfig(
-        turbo_prompts=2, base_prompts=2, base_steps=1, rounds=2, regions_from=1, climbed_prompts=2, fresh_prompts=2, prompts=2,
+        turbo_prompts=2, base_prompts=2, base_steps=1, rounds=2, regions_from=1, climbed_prompts=2, fresh_prompts=(2,), prompts=2,
         captions=first.CaptioningConfig(batch=4), scenes=6,
     )  # fmt: skip
     climb = climbing.ClimbConfig(steps=3, kept=(0, 1, 2, 3))

@@ -47,7 +47,7 @@ class TuneConfig:
     """How much is drawn, and what a step looks at."""
 
     turbo_prompts: int = 1600  # GROUP one-step images each, in the first round
-    fresh_prompts: int = 3000  # GROUP further one-step images each, added in every later round
+    fresh_prompts: tuple[int, ...] = (3000, 0)  # GROUP further one-step images each, added in the second and the third round
     base_prompts: int = 192  # GROUP images of `shapes` each
     base_steps: int = 8  # DDIM steps of these
     base_guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 6.0)  # shared among a prompt's images
@@ -249,9 +249,10 @@ def train_rounds(
     for k in range(settings.rounds):
         own = config.seed + 100 * k
         if k:
-            fresh = made.annotator_rows(settings.fresh_prompts, own + 50)
-            images = made.make_judged(folder / f"fresh{k}", fresh, GROUP, plain, own + 50, f"one-step images for round {k}")
-            sources.append((settings.fresh_prompts / settings.turbo_prompts, ballots(images, tokenizer, own + 50)))
+            if count := settings.fresh_prompts[k - 1]:
+                fresh = made.annotator_rows(count, own + 50)
+                images = made.make_judged(folder / f"fresh{k}", fresh, GROUP, plain, own + 50, f"one-step images for round {k}")
+                sources.append((count / settings.turbo_prompts, ballots(images, tokenizer, own + 50)))
             maker = climber(turbo, reward_of(model.eval().requires_grad_(False), tokenizer, climb.bfloat16), climb)
             more = made.annotator_rows(settings.climbed_prompts, own)
             climbed.append(made.make_judged(folder / f"climbed{k}", more, GROUP, maker, own, f"climbs for round {k}"))
