@@ -11,6 +11,8 @@ from PIL import Image
 from diffalign.benchmarks.geneval_rules import TASKS
 from diffalign.cli import main
 
+FILES = {"settings.json", "results.jsonl", "units.jsonl", "protocol.json"}
+
 
 @pytest.fixture(scope="module")
 def options(tiny_folder):
@@ -66,7 +68,7 @@ def test_files_and_summary(finished):
         rows = [json.loads(line) for line in (finished / method / "results.jsonl").read_text().splitlines()]
         assert [row["tag"] for row in rows] == list(TASKS)
         assert len(images(finished, method)) == 6
-        assert {path.name for path in (finished / method).iterdir() if path.is_file()} == {"settings.json", "results.jsonl", "units.jsonl"}
+        assert {path.name for path in (finished / method).iterdir() if path.is_file()} == FILES
     table = (finished / "table.md").read_text()
     assert "brightness (optimised)" in table
     assert "jpeg-incompressibility (watched)" in table
@@ -110,7 +112,11 @@ def test_a_second_run_only_reports_and_a_longer_one_only_adds(finished, options,
     assert "12 of 24 images are already in" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     assert len(images(out, "reno")) == 12
-    assert json.loads((out / "summary.json").read_text())["methods"]["reno"]["overall"]["prompts"] == 12
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["methods"]["reno"]["overall"]["prompts"] == 12
+    limited = "limited to 2 prompts a task (12 of 312)"
+    assert summary["limited"] == json.loads((out / "reno" / "protocol.json").read_text())["limited"] == limited
+    assert all(limited in line for line in (out / "table.md").read_text().splitlines() if line.startswith("## "))
 
 
 def test_a_lost_image_is_made_again_and_is_the_same(finished, options, tmp_path):

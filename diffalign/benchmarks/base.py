@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from PIL import Image
 
 from diffalign.files import differing_settings, read_json, whole_file, write_json, write_text
 
+SHUFFLE = "prompts of a limited run, 1"  # the seed of --limit; another one draws other prompts
 FORMATS = {".png": {"format": "PNG"}, ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0}}
 
 
@@ -89,13 +91,30 @@ def item_seed(seed: int, index: int, sample: int) -> int:
 
 
 def spread_over_tasks(tasks: Sequence[str], limit: int | None) -> list[int]:
-    """Indices of `limit` rows (None: all), as many from each task as goes, in order. What a smaller limit takes, a larger one takes too."""
-    seen: dict[str, int] = {}
-    turns = []
+    """Indices of `limit` rows (None: all), as many from each task as goes, in order. What a smaller limit takes, a larger one takes too.
+
+    Lists are sorted by topic, so the first rows of a task are no sample of it. Each task is shuffled instead, in every run in the same
+    way: by a hash of the row's place in its task, which no library's random stream can change.
+    """
+    places: dict[str, list[int]] = {}
     for index, task in enumerate(tasks):
-        turns.append((seen.get(task, 0), index))
-        seen[task] = seen.get(task, 0) + 1
+        places.setdefault(task, []).append(index)
+    turns = []
+    for members in places.values():
+        order = sorted(range(len(members)), key=lambda place: hashlib.sha256(f"{SHUFFLE} {place}".encode()).digest())
+        turns += [(turn, members[place]) for turn, place in enumerate(order)]
     return sorted(index for _, index in sorted(turns)[:limit])
+
+
+def limited_to(tasks: Sequence[str], limit: int | None) -> str | None:
+    """What a result of fewer than all prompts must be quoted with, "limited to 10 prompts a task (60 of 312)"; None for all prompts."""
+    if limit is None or limit >= len(tasks):
+        return None
+    counts = Counter(tasks[index] for index in spread_over_tasks(tasks, limit))
+    least, most = min(counts.values()), max(counts.values())
+    each = f"{least}" if least == most else f"{least} to {most}"
+    where = "a task" if len(set(tasks)) == len(counts) else f"of {len(counts)} of {len(set(tasks))} tasks"
+    return f"limited to {each} prompt{'s' if most > 1 else ''} {where} ({limit} of {len(tasks)})"
 
 
 def open_run(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.benchmarks.base import Item, item_seed, spread_over_tasks
+from diffalign.benchmarks.base import Item, item_seed, limited_to, spread_over_tasks
 from diffalign.benchmarks.geneval_prompts import metadata
 from diffalign.benchmarks.geneval_results import result_row
 from diffalign.benchmarks.geneval_reward import UPSTREAM, partial_credit
@@ -91,6 +91,10 @@ class GenEvalBenchmark:
             for sample in range(self.samples)
         ]
 
+    def limited(self) -> str | None:
+        """What a figure of fewer than all prompts must be quoted with."""
+        return limited_to([row["tag"] for row in metadata()], self.limit)
+
     def tasks(self) -> list[Task]:
         """What there is to judge. Raises ValueError without a scorer."""
         if self.scorer is None:
@@ -114,8 +118,9 @@ class GenEvalBenchmark:
         """What a figure of this run must be quoted with."""
         version = self.scorer.version if self.scorer else None
         limits = asdict(self.scorer.limits) if self.scorer else None
-        prompts = "553" if self.limit is None else f"{self.limit} of 553"
-        return {"prompts": prompts, "images per prompt": self.samples, "scorer": version, "limits": limits}
+        limited = self.limited()
+        head = {"limited": limited} if limited else {"prompts": "553"}
+        return {**head, "images per prompt": self.samples, "scorer": version, "limits": limits}
 
 
 def _row(item: Item, score: Mapping[str, Any]) -> dict[str, Any]:

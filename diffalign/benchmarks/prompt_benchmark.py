@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.benchmarks.base import Item, item_seed, spread_over_tasks
+from diffalign.benchmarks.base import Item, item_seed, limited_to, spread_over_tasks
 from diffalign.benchmarks.prompt_sets import PromptSet
 from diffalign.benchmarks.scoring import Fault, Scorer, Task, collect_all, score_all
 
@@ -61,6 +61,10 @@ class PromptBenchmark:
             for sample in range(self.samples)
         ]
 
+    def limited(self) -> str | None:
+        """What a figure of fewer than all prompts must be quoted with."""
+        return limited_to([row.task for row in self.prompts.rows], self.limit)
+
     def tasks(self) -> list[Task]:
         """What there is to judge. Raises ValueError without a scorer."""
         if not self.scorers:
@@ -85,8 +89,9 @@ class PromptBenchmark:
     def protocol(self) -> dict[str, Any]:
         """What a figure of this run must be quoted with."""
         official = self.samples == SAMPLES[self.name]
+        limited = self.limited()
         return {
-            "prompts": "all" if self.limit is None else f"{self.limit} of {len(self.prompts.rows)}",
+            **({"limited": limited} if limited else {"prompts": "all"}),
             "prompt list": self.prompts.version,
             "images per prompt": self.samples if official else f"{self.samples} (the official protocol makes {SAMPLES[self.name]})",
             "scorers": {scorer.name: scorer.version for scorer in self.scorers},

@@ -113,7 +113,8 @@ def _before_and_after(traces: Sequence[Mapping[str, Any]], reward: str) -> dict[
 def markdown(summary: Mapping[str, Any]) -> str:
     """The summary as tables, and the facts needed to make them again.
 
-    `optimised`, `measure`, `further` (name -> a summary of another measure), `breakdown`, `tables` and `facts` are read where present.
+    `optimised`, `measure`, `further` (name -> a summary of another measure), `breakdown`, `tables`, `limited` and `facts` are read where
+    present. A limited result says so over every table, since tables are what gets copied.
     """
     parts = _measure_tables(summary, summary.get("measure", "Judge accuracy"))
     for name, further in summary.get("further", {}).items():
@@ -133,7 +134,12 @@ def markdown(summary: Mapping[str, Any]) -> str:
     first = next(iter(summary["methods"].values()))["overall"]
     facts = {"prompts": first["prompts"], "images per method": first["images"], **summary.get("facts", {})}
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(stamped(parts, summary.get("limited"))) + "\n"
+
+
+def stamped(parts: Sequence[str], limited: str | None) -> list[str]:
+    """The parts of a report with `limited` in every heading; as they are where it is None."""
+    return [f"{part}, {limited}" if limited and part.startswith("## ") else part for part in parts]
 
 
 def _measure_tables(summary: Mapping[str, Any], title: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.benchmarks.base import Item, item_seed, read_image, require_complete, spread_over_tasks
+from diffalign.benchmarks.base import Item, item_seed, limited_to, read_image, require_complete, spread_over_tasks
 from diffalign.benchmarks.geneval_rules import keep
 from diffalign.shapes import prompts as world
 from diffalign.shapes.detector import LIMITS, detect, judge_images
@@ -45,6 +45,16 @@ class ShapesBenchmark:
             for index in chosen
             for sample in range(self.samples)
         ]
+
+    def limited(self) -> str | None:
+        """What a figure of fewer than all prompts must be quoted with."""
+        return limited_to([row["tag"] for row in world.metadata(self.split)], self.limit)
+
+    def protocol(self) -> dict[str, Any]:
+        """What a figure of this run must be quoted with."""
+        limited = self.limited()
+        head = {"limited": limited} if limited else {"prompts": "all"}
+        return {**head, "images per prompt": self.samples, "scorer": "the exact detector of the shapes world"}
 
     def score(self, folder: Path) -> list[dict[str, Any]]:
         """One row per item with GenEval's keys: filename, tag, prompt, correct, reason, metadata and details as JSON strings.

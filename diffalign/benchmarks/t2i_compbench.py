@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffalign.benchmarks.base import Item, item_seed, spread_over_tasks
+from diffalign.benchmarks.base import Item, item_seed, limited_to, spread_over_tasks
 from diffalign.benchmarks.scoring import Fault, Scorer, Task, collect_all, score_all
 from diffalign.benchmarks.t2i_prompts import CATEGORIES, IMAGES_PER_PROMPT, PromptList, file_name, read_prompts
 from diffalign.benchmarks.t2i_three_in_one import Kinds, three_in_one
@@ -65,6 +65,10 @@ class T2ICompBench:
                 out.append(Item(index, sample, item_seed(self.seed, index, sample), category, prompt, {"prompt": prompt}, path))
         return out
 
+    def limited(self) -> str | None:
+        """What a figure of fewer than all prompts must be quoted with."""
+        return limited_to([category for category, found in self.lists().items() for _ in found.prompts], self.limit)
+
     def tasks(self) -> list[Task]:
         """What there is to judge. Raises ValueError for a category without its scorers."""
         items = self.items()
@@ -108,12 +112,14 @@ class T2ICompBench:
     def protocol(self) -> dict[str, Any]:
         """What a figure of this run must be quoted with, and whether it follows the paper's protocol."""
         lists = self.lists()
-        official = self.limit is None and self.samples == IMAGES_PER_PROMPT and self.split == "val"
+        limited = self.limited()
+        official = not limited and self.samples == IMAGES_PER_PROMPT and self.split == "val"
         return {
+            **({"limited": limited} if limited else {}),
             "protocol": "the paper's (300 val prompts x 10 images)" if official and all(x.is_official for x in lists.values()) else "other",
             "split": self.split,
             "prompt lists": {category: found.version for category, found in lists.items()},
-            "prompts": "all" if self.limit is None else f"{self.limit} over all categories",
+            **({} if limited else {"prompts": "all"}),
             "images per prompt": self.samples,
             "scorers": {category: [scorer.version for scorer in self.scorers.get(category, ())] for category in self.categories},
         }

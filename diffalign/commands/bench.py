@@ -54,7 +54,8 @@ def add_parser(subparsers: Any) -> None:
     )
     splits = list(dict.fromkeys(split for kind in KINDS.values() for split in kind.splits))
     parser.add_argument("--split", choices=splits, help="which prompts (default: shapes test, t2i-compbench val)")
-    parser.add_argument("--limit", type=options.count, metavar="N", help="at most N prompts, spread evenly over the tasks")
+    limit_help = "at most N prompts, as many of each task as goes, drawn in the same way in every run"
+    parser.add_argument("--limit", type=options.count, metavar="N", help=limit_help)
     defaults = ", ".join(f"{name} {kind.samples}" for name, kind in KINDS.items())
     parser.add_argument("--samples", type=options.count, metavar="N", help=f"images per prompt (default: {defaults})")
     seed_help = "each image's seed is drawn from this, its prompt and sample (default: %(default)s)"
@@ -262,6 +263,7 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
     config = {**run_settings(args, methods[-1], mix), "method": list(methods), "budget": args.budget}
     summary = {
         "benchmark": benchmark.name,
+        **({"limited": limited} if (limited := benchmark.limited()) else {}),
         "config": {**config, "samples": args.samples, "limit": args.limit},
         "command": shlex.join(["diffalign", *args.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -60,12 +60,27 @@ def compare_all(folders: Sequence[Path], allow_missing: bool = False) -> dict[st
     if not common:
         raise ValueError(f"{folders[0]} and the others have no measure in common; it has {', '.join(map(str, measures(kept[0])))}")
     made = [{"settings": _read(folder / "settings.json"), "machine": _read(folder.parent / "machine.json")} for folder in folders]
-    result: dict[str, Any] = {"runs": list(map(str, folders)), "made": made, "images": len(kept[0]), "notes": notes, "measures": {}}
+    limits = list(dict.fromkeys(each.get("limited") for each in facts))
+    result: dict[str, Any] = {
+        **_limited(limits, len(kept[0])),
+        "runs": list(map(str, folders)),
+        "made": made,
+        "images": len(kept[0]),
+        "notes": notes,
+        "measures": {},
+    }
     for measure in common:
         key = measure or ("accuracy" if "correct" in kept[0][0] else "score")
         found = _pair(kept[0], kept[1], measure) if len(folders) == 2 else {}
         result["measures"][key] = {**found, **_curve(folders, kept, facts, measure)}
     return result
+
+
+def _limited(limits: Sequence[str | None], images: int) -> dict[str, str]:
+    """What a comparison of limited runs must be quoted with. limits: what each run is limited to, every one once."""
+    if limits == [None]:
+        return {}
+    return {"limited": str(limits[0]) if len(limits) == 1 else f"limited to the {images} images that all runs have"}
 
 
 def compare(a: Path, b: Path, allow_missing: bool = False) -> dict[str, Any]:
@@ -151,6 +166,8 @@ def _difference(to: Sequence[Mapping[str, Any]], of: Sequence[Mapping[str, Any]]
 
 def markdown(result: Mapping[str, Any], plots: Mapping[str, str] | None = None) -> str:
     """The comparison as tables. plots: measure -> the file its curve is in."""
+    from diffalign.benchmarks.report import stamped
+
     parts = []
     for name, found in result["measures"].items():
         parts += [f"## {name}", _pair_table(found)] if "difference" in found else [f"## {name}"]
@@ -159,7 +176,7 @@ def markdown(result: Mapping[str, Any], plots: Mapping[str, str] | None = None) 
             parts.append(_differences_table(found))
         if plots and name in plots:
             parts.append(f"![{name} against cost]({plots[name]})")
-    return "\n\n".join([*parts, "\n".join(_facts_lines(result))]) + "\n"
+    return "\n\n".join([*stamped(parts, result.get("limited")), "\n".join(_facts_lines(result))]) + "\n"
 
 
 def _facts_lines(result: Mapping[str, Any]) -> list[str]:
@@ -280,6 +297,10 @@ def _shared(
             one, two = _both(facts[0].get(name), other.get(name))
             if None not in (one, two) and one != two:
                 raise ValueError(f"the runs cannot be compared: their {name} differ ({one!r} and {two!r})")
+    limits = [each.get("limited") for each in facts]
+    if len(set(limits)) > 1 and not allow_missing:
+        said = "; ".join(f"{folder} {limit or 'has all prompts'}" for folder, limit in zip(folders, limits, strict=True))
+        raise ValueError(f"the runs are of different prompts ({said}); judge the same in all, or --allow-missing to compare what all have")
     different = [name for name in SAME_NOISES if len({str(each[name]) for each in facts if name in each}) > 1]
     notes = [f"the runs differ in {' and '.join(different)}, so only prompts are paired, not noises"] if different else []
     named = [{row["filename"]: row for row in of_run} for of_run in rows]

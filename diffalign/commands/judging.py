@@ -177,8 +177,6 @@ def rows_in_common(args: argparse.Namespace, benchmark: Any, methods: Sequence[A
 
 def quoted(benchmark: Any) -> dict[str, Any]:
     """The protocol in words, for the foot of the table."""
-    if not hasattr(benchmark, "protocol"):  # the shapes world's is the same whatever is run
-        return {}
 
     def words(fact: Any) -> Any:
         if isinstance(fact, dict):
@@ -212,6 +210,7 @@ def run_images(args: argparse.Namespace) -> int:
     judged = {folder.name: Judged(rows[folder], [{"rewards": {}}] * len(rows[folder]))}
     summary = {
         "benchmark": benchmark.name,
+        **({"limited": limited} if (limited := benchmark.limited()) else {}),
         **({"partial": list(left_out.values())} if left_out else {}),
         **summed_up(kind, benchmark, judged),
         "facts": {**partial(left_out), **quoted(benchmark), "images": str(folder)},
@@ -290,8 +289,9 @@ def write_official(kind: Kind, benchmark: Any, folder: Path, rows: Sequence[Mapp
     from diffalign.benchmarks.pages import failures_page
     from diffalign.files import write_json, write_text
 
+    write_json(folder / "protocol.json", {"benchmark": benchmark.name, **benchmark.protocol()})
     if kind.judge is None:
         return
     kind.official(benchmark, folder, rows)
-    write_json(folder / "protocol.json", {"benchmark": benchmark.name, **benchmark.protocol()})
-    write_text(folder / "failures.html", failures_page(rows, f"{benchmark.name}, {folder.name}: what went wrong"))
+    limited = f", {limited}" if (limited := benchmark.limited()) else ""
+    write_text(folder / "failures.html", failures_page(rows, f"{benchmark.name}, {folder.name}: what went wrong{limited}"))

@@ -69,7 +69,8 @@ def test_geneval_from_command_to_table(capsys, tiny_folder, tmp_path, models):
     assert len(rows(folder)) == 12
     assert (folder / "summary.txt").read_text().startswith("Summary\n=======\nTotal images: 12\nTotal prompts: 6\n")
     protocol = json.loads((folder / "protocol.json").read_text())
-    assert (protocol["benchmark"], protocol["prompts"], protocol["images per prompt"]) == ("geneval", "6 of 553", 2)
+    limited = "limited to 1 prompt a task (6 of 553)"
+    assert (protocol["benchmark"], protocol["limited"], protocol["images per prompt"]) == ("geneval", limited, 2)
 
     code, out, _ = bench(capsys, "geneval", tiny_folder, tmp_path / "run", *geneval(models), *search)  # everything is there
     assert code == 0
@@ -106,7 +107,8 @@ def test_stages_and_missing_images(capsys, tiny_folder, tmp_path, models):
     code, _, err = bench(capsys, "geneval", tiny_folder, run, *plain, "--stage", "score")
     assert code == 1
     assert "2 of 12 images" in err
-    assert "00000/samples/00000.png: missing; 00000/samples/00001.png: not a whole image" in err
+    names = [path.relative_to(run / "none").as_posix() for path in lost]
+    assert f"{names[0]}: missing; {names[1]}: not a whole image" in err
     code, out, _ = bench(capsys, "geneval", tiny_folder, run, *plain, "--stage", "report", "--allow-missing")
     assert code == 0
     assert "PARTIAL: 2 images cannot be judged" in out

@@ -72,6 +72,22 @@ def test_images_in_one_run_only_fail_unless_allowed(tmp_path):
     assert result["notes"] == ["partial: 1 images are in one run only and were left out"]
 
 
+def test_a_limited_run_is_not_mixed_with_a_full_one_unless_asked(tmp_path):
+    """Even where the images are the same ones: "limited" is what a figure is quoted with."""
+    limited = {"limited": "limited to 4 prompts a task (8 of 20)"}
+    a, b = run(tmp_path / "a", [True] * 8, protocol=limited), run(tmp_path / "b", [True] * 8)
+    with pytest.raises(ValueError, match=r"different prompts .*8 of 20.*all prompts.*--allow-missing"):
+        compare_all([a, b])
+    result = compare_all([a, b], allow_missing=True)
+    assert result["limited"] == "limited to the 8 images that all runs have"
+    assert "limited" not in compare_all([b, run(tmp_path / "c", [True] * 8)])
+    same = compare_all([a, run(tmp_path / "d", [False] * 8, protocol=limited)])
+    assert same["limited"] == limited["limited"]
+    headings = [line for line in markdown(same).splitlines() if line.startswith("## ")]
+    assert headings
+    assert all(limited["limited"] in line for line in headings)
+
+
 @pytest.mark.parametrize("key", ["scorer", "benchmark", "prompt lists"])
 def test_runs_judged_in_other_ways_are_refused(tmp_path, key):
     a, b = run(tmp_path / "a", [True] * 8, protocol={key: "x"}), run(tmp_path / "b", [True] * 8, protocol={key: "y"})

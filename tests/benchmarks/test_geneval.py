@@ -72,6 +72,12 @@ def test_a_limited_run_is_part_of_the_full_one():
     assert all(everything[item.name] == item for item in items)
 
 
+def test_a_limited_run_is_no_head_of_the_list():
+    """The first 20 rows of "position" of the shapes world are all "right of": a task's first rows are no sample of it."""
+    first = {task: next(row for row in metadata() if row["tag"] == task)["prompt"] for task in TASKS}
+    assert {item.prompt for item in GenEvalBenchmark(limit=6, samples=1).items()} != set(first.values())
+
+
 @pytest.mark.parametrize("arguments", [{"samples": 0}, {"limit": 0}])
 def test_bad_settings(arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be at least 1"):
@@ -124,7 +130,9 @@ def test_without_a_scorer_it_can_only_generate(tmp_path):
 
 def test_protocol_says_what_a_figure_must_be_quoted_with():
     protocol = GenEvalBenchmark(told_scorer(), limit=6).protocol()
-    assert (protocol["prompts"], protocol["images per prompt"], protocol["scorer"]) == ("6 of 553", 4, "told")
+    limited = "limited to 1 prompt a task (6 of 553)"
+    assert (protocol["limited"], protocol["images per prompt"], protocol["scorer"]) == (limited, 4, "told")
+    assert "prompts" not in protocol
     assert protocol["limits"]["counting_threshold"] == 0.9
 
 

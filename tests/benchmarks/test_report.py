@@ -56,6 +56,14 @@ def test_tables_say_what_the_summary_holds():
     assert "- device: cpu" in text
 
 
+def test_every_table_of_a_limited_result_says_so():
+    limited = "limited to 4 prompts a task (8 of 20)"
+    summary = {**summarise(judged()), "breakdown": {"title": "Skills", "methods": {"none": {"a": 1.0}}}, "limited": limited}
+    headings = [line for line in markdown(summary).splitlines() if line.startswith("## ")]
+    assert len(headings) >= 4
+    assert all(limited in line for line in headings)
+
+
 def test_scores_that_are_not_finite_are_left_out_and_counted():
     results = judged()
     broken = {"seconds": 0.5, "best": 1, "rewards": {"total": [None, 5.0], "clip": [None, None], "taste": [1.0, 2.0]}}

@@ -1,6 +1,7 @@
 """The shapes benchmark from items to rows, on images drawn by the renderer, so that the right verdicts are known."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -58,6 +59,29 @@ def test_a_limited_run_is_part_of_the_full_one(benchmark):
         assert everything[item.index, item.sample] == item
 
 
+def test_a_limit_draws_from_the_whole_of_each_task():
+    """In list order the first ten of "position" are all right of something: 60 prompts would have measured one relation of four."""
+    positions = [item.metadata for item in ShapesBenchmark(limit=60).items() if item.task == "position"]
+    assert len({row["include"][1]["position"][0] for row in positions}) >= 3
+
+
+def test_limits_are_nested_and_balanced():
+    chosen = [{item.index for item in ShapesBenchmark(limit=limit).items()} for limit in range(1, 313)]
+    assert all(small < large for small, large in pairwise(chosen))
+    tasks = {item.index: item.task for item in ShapesBenchmark().items()}
+    for limit in (1, 7, 20, 60, 120):
+        counts = [sum(tasks[index] == task for index in chosen[limit - 1]) for task in TASKS]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_a_limited_result_says_so():
+    assert ShapesBenchmark().limited() is None
+    assert ShapesBenchmark(limit=312).limited() is None
+    assert ShapesBenchmark(limit=60).limited() == "limited to 10 prompts a task (60 of 312)"
+    assert ShapesBenchmark(limit=8).limited() == "limited to 1 to 2 prompts a task (8 of 312)"
+    assert ShapesBenchmark(limit=4).limited() == "limited to 1 prompt of 4 of 6 tasks (4 of 312)"
+
+
 def test_seeds_belong_to_seed_prompt_and_sample():
     seeds = [item.seed for item in ShapesBenchmark(samples=2).items()]
     assert len(set(seeds)) == len(seeds)
@@ -80,12 +104,12 @@ def test_rows_have_genevals_keys_and_nested_json(benchmark, tmp_path):
     generate_missing(benchmark.items(), tmp_path, draw(obey), batch_size=24)
     row = benchmark.score(tmp_path)[0]
     assert list(row) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
-    assert row["filename"] == "00000/samples/00000.png"
+    assert row["filename"] == benchmark.items()[0].name
     assert json.loads(row["metadata"])["prompt"] == row["prompt"]
     (boxes,) = json.loads(row["details"]).values()
     assert len(boxes[0]) == 5
     assert boxes[0][4] > 0.7
-    assert json.loads((tmp_path / "00000" / "metadata.jsonl").read_text()) == json.loads(row["metadata"])
+    assert json.loads((tmp_path / f"{benchmark.items()[0].index:05d}" / "metadata.jsonl").read_text()) == json.loads(row["metadata"])
 
 
 def test_only_missing_items_are_made_again(benchmark, tmp_path):
