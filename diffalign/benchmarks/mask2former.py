@@ -3,8 +3,9 @@
 Architecture: Cheng et al., "Masked-attention Mask Transformer" (arXiv 2112.01527). Both ends differ from what transformers' own image
 processor does, in ways that move GenEval's scores near its thresholds:
 
-- in: keep-ratio resize into 1333 x 800 by OpenCV's bilinear filter (no antialiasing, fixed-point weights), then zero padding on the right
-  and at the bottom to a multiple of 32. A square image of any size becomes 800 x 800.
+- in: keep-ratio resize into 1333 x 800 by OpenCV's bilinear filter (no antialiasing, fixed-point weights), then padding on the right
+  and at the bottom to a multiple of 32, with 128 before the pixels are normalised: grey, not zero. A square image of any size becomes
+  800 x 800, without padding.
 - out: mask logits go to the padded size, lose the padding, go to the original size, all bilinear; the 100 best (query, class) pairs by
   class probability; mask = logit > 0; score = probability x mean sigmoid over the mask. A query may give several classes. No suppression.
 
@@ -28,6 +29,7 @@ LONG_SIDE, SHORT_SIDE = 1333, 800
 STRIDE = 32
 MEAN = (123.675, 116.28, 103.53)  # RGB, of 255
 STD = (58.395, 57.12, 57.375)
+PADDING = 128  # of 255; mmdet 2.x's configurations of instances pad before they normalise
 MAX_INSTANCES = 100
 WEIGHT_ONE = 2048  # OpenCV's interpolation weights are 11-bit integers
 
@@ -63,12 +65,12 @@ def padded(size: Size) -> Size:
 
 
 def to_pixels(image: Image) -> Float[Tensor, "3 h w"]:
-    """Resized, normalised and padded."""
+    """Resized, padded and normalised, in this order."""
     size = resized(image.shape[:2])
-    pixels = torch.from_numpy(resize_bilinear(image, size)).float()
-    pixels = ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
     height, width = padded(size)
-    return F.pad(pixels, (0, width - size[1], 0, height - size[0]))
+    pixels = torch.from_numpy(resize_bilinear(image, size)).float()
+    pixels = F.pad(pixels, (0, 0, 0, width - size[1], 0, height - size[0]), value=PADDING)
+    return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
 
 
 def resize_bilinear(image: Image, size: Size) -> Image:

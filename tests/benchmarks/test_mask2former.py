@@ -71,14 +71,23 @@ def test_a_large_image_is_not_antialiased():
     assert (resize_bilinear(image, (20, 20)) == 255).all()
 
 
-def test_pixels_are_normalised_and_padded_with_zeros():
+def test_pixels_are_padded_with_grey_and_then_normalised():
+    """mmdet 2.x's instance configurations pad with 128 before Normalize: (128 - 123.675) / 58.395 = 0.074, and so on; not 0."""
     pixels = to_pixels(np.full((64, 128, 3), (124, 116, 104), dtype=np.uint8))  # 667 x 1333 -> 672 x 1344
     assert pixels.shape == (3, 672, 1344)
     expected = torch.tensor([(124 - 123.675) / 58.395, (116 - 116.28) / 57.12, (104 - 103.53) / 57.375])
     torch.testing.assert_close(pixels[:, 0, 0], expected)
-    assert pixels[:, 667:].abs().max() == 0
-    assert pixels[:, :, 1333:].abs().max() == 0
-    assert pixels[:, 666, 1332].abs().min() > 0
+    grey = torch.tensor([0.0741, 0.2052, 0.4265])[:, None, None]
+    for padding in (pixels[:, 667:], pixels[:, :, 1333:]):
+        torch.testing.assert_close(padding, grey.expand_as(padding), atol=1e-4, rtol=0)
+    torch.testing.assert_close(pixels[:, 666, 1332], expected)
+
+
+@pytest.mark.parametrize("side", [64, 512, 1000])
+def test_square_images_have_no_padding(side):
+    pixels = to_pixels(np.full((side, side, 3), 124, dtype=np.uint8))
+    assert pixels.shape == (3, 800, 800)
+    assert (pixels == pixels[:, :1, :1]).all()
 
 
 # --- out ----------------------------------------------------------------------------------------------------------------------
