@@ -85,6 +85,16 @@ def decode(data: bytes) -> Picture:
         raise ValueError(f"not a whole image ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
+def from_pillow(image: Image.Image) -> Picture:
+    """A picture that Pillow holds, read as its file would be. Raises ValueError with the reason where it cannot be."""
+    try:
+        return _picture(image)
+    except _Refused as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # pictures are loaded when first used, and their files may be cut short
+        raise ValueError(f"not a whole image ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
 class _Refused(Exception):
     """A whole image that we do not take, with the sentence to say."""
 
@@ -114,7 +124,7 @@ def _picture(image: Image.Image) -> Picture:
         levels, alpha = rgba[..., :3], rgba[..., 3:].astype(np.float32) / 255
         if alpha.min() < 1:
             notes.append(ON_WHITE)
-            levels = levels.astype(np.float32) / 255 * alpha + (1 - alpha)
+            levels = (levels * alpha + 255 * (1 - alpha) + 0.5).astype(np.uint8)  # whole levels, as a page shows
     else:
         levels = np.asarray(image.convert("RGB"))
     return Picture(np.ascontiguousarray(levels), tuple(notes))

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.pixels import constant
 from diffalign.reward_models.spec import Spec
 
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709, taken on the encoded values as they are
@@ -36,5 +37,4 @@ class Brightness(RewardModel):
     """Mean luminance in [0, 1]; differentiable."""
 
     def score(self, images: Images, texts: Tensor | None) -> Scores:
-        weights = torch.tensor(LUMINANCE, device=images.device).view(3, 1, 1)
-        return (images.float() * weights).sum(dim=1).mean(dim=(1, 2))
+        return (images.float() * constant(LUMINANCE, images.device, torch.float32)).sum(dim=1).mean(dim=(1, 2))

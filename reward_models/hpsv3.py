@@ -75,7 +75,7 @@ class HPSv3(RewardModel):
     def distribution(self, images: Images, prompts: Sequence[str]) -> tuple[Scores, Scores]:
         """mu, which is the score, and sigma, how unsure the model is of it; both float32. Raises as a call does."""
         check_call(self, images, prompts)
-        outputs = self._outputs(images, self._embed(prompts).to(images.device))
+        outputs = self._outputs(images, self._embed(prompts, images.device))
         return outputs[:, 0], outputs[:, 1].exp()
 
     def _outputs(self, images: Images, texts: Int[Tensor, "b l"]) -> Float[Tensor, "b 2"]:

@@ -23,9 +23,8 @@ from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from diffalign.reward_models.base import RewardModel, Scores, check_call, check_prompts
+from diffalign.reward_models.base import Images, RewardModel, Scores, check_prompts
 from diffalign.reward_models.sources import Source
 from diffalign.reward_models.spec import Spec
 
@@ -74,9 +73,8 @@ class HTTPScorer(RewardModel):
         """Nothing is computed here: prompts travel with the images."""
         check_prompts(self.name, prompts)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Scores, float32. Raises TypeError and ValueError as every reward, RuntimeError for items without a score unless missing="nan"."""
-        check_call(self, images, prompts)
+    def _scores(self, images: Images, prompts: Sequence[str]) -> Scores:
+        """Raises RuntimeError for items without a score unless missing="nan"."""
         levels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         items = [{"prompt": prompt, "image": encode(Image.fromarray(picture))} for picture, prompt in zip(levels, prompts, strict=True)]
         chunks = [items[start : start + self.batch] for start in range(0, len(items), self.batch)]

@@ -24,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.base import Images, RewardModel, Scores, attention_mask
 from diffalign.reward_models.checkpoints import collapse, load_strict, read_plain_tokenizer, read_weights, report_cut, without_weights
 from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
 from diffalign.reward_models.sources import Source
@@ -72,7 +72,7 @@ class ImageReward(RewardModel):
 
     def score(self, images: Images, texts: Int[Tensor, "b l"] | None) -> Scores:
         patches = self.vision(pixel_values=self.pixels(images)).last_hidden_state
-        mask = (texts >= 0).long()
+        mask = attention_mask(texts >= 0, patches.dtype)
         states = self.text(input_ids=texts.clamp(min=0), attention_mask=mask, encoder_hidden_states=patches).last_hidden_state
         return (nn.functional.linear(states[:, 0].float(), self.head.weight.float(), self.head.bias.float())[:, 0] - MEAN) / STD
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
 from diffalign.files import read_json
-from diffalign.reward_models.base import Images, RewardModel, Scores
+from diffalign.reward_models.base import Images, RewardModel, Scores, attention_mask
 from diffalign.reward_models.checkpoints import load_strict, read_plain_tokenizer, read_weights, report_cut, weights_file, without_weights
 from diffalign.reward_models.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
 from diffalign.reward_models.qwen_text import float_linear, pad
@@ -89,7 +89,8 @@ class VQAScore(RewardModel):
         embed = self.t5.shared
         parts = [embed(self.before).expand(b, -1, -1), self.projector(states[:, 1:]), embed(texts.clamp(min=0))]
         inputs = torch.cat(parts, dim=1)
-        mask = nn.functional.pad((texts >= 0).long(), (inputs.shape[1] - texts.shape[1], 0), value=1)
+        seen = nn.functional.pad(texts >= 0, (inputs.shape[1] - texts.shape[1], 0), value=True)
+        mask = attention_mask(seen, inputs.dtype)
         encoded = self.t5.encoder(inputs_embeds=inputs, attention_mask=mask).last_hidden_state
         answer = self.answer.expand(b, -1)
         start = answer.new_full((b, 1), self.t5.config.decoder_start_token_id)
