@@ -70,7 +70,7 @@ class AlignedPipeline(StockBackbone):
             raise ValueError(f"pass seed= instead of generator=: {reason}")
         if method is not None and prompts is None:
             raise ValueError("prompt_embeds cannot be used with a search over noise, whose reward reads the prompt; pass prompt=")
-        cut = None if prompts is None else self._report_cut_text(prompts, arguments.get("negative_prompt"), per_prompt)
+        cut = None if prompts is None else self._report_cut_text(prompts, arguments)
         if method is not None:
             samples = [row for row in range(len(prompts)) for _ in range(per_prompt)]
             return self._search(method, steps, arguments, prompts, samples, seeds, cut, progress)
@@ -165,13 +165,14 @@ class AlignedPipeline(StockBackbone):
 
     # ---- what is reported -------------------------------------------------------------------------------------------------------
 
-    def _report_cut_text(self, prompts: list[str], negative: str | list[str] | None, per_prompt: int) -> list[str | None]:
-        cut = self.cut_text(prompts)
-        inputs.warn_of_cut_text(prompts, cut, self.text_limit())
+    def _report_cut_text(self, prompts: list[str], arguments: Mapping[str, Any]) -> list[str | None]:
+        limit, negative = self.text_limit(arguments), arguments.get("negative_prompt")
+        cut = self.cut_text(prompts, arguments)
+        inputs.warn_of_cut_text(prompts, cut, limit)
         if negative is not None:
             negative = inputs.check_prompts(negative, "negative_prompt")
-            inputs.warn_of_cut_text(negative, self.cut_text(negative), self.text_limit(), "negative prompt")
-        return [text for text in cut for _ in range(per_prompt)]
+            inputs.warn_of_cut_text(negative, self.cut_text(negative, arguments), limit, "negative prompt")
+        return [text for text in cut for _ in range(arguments.get(self.per_prompt) or 1)]
 
     def to_json_string(self) -> str:
         """model_index.json, under the stock class's name, so that any diffusers installation loads what we save."""

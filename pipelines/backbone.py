@@ -22,6 +22,9 @@ from diffalign.diffusion import Sampler, Schedule
 from diffalign.pipelines import inputs
 from diffalign.pipelines.schedule import StockSampler, schedule_of, with_timesteps
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""No arguments."""
+
 
 class StockBackbone:
     """Mixin, to stand before the stock class."""
@@ -84,8 +87,8 @@ class StockBackbone:
         """The way back, as far as the autoencoder goes."""
         raise NotImplementedError
 
-    def text_limits(self) -> Sequence[tuple[Any, int]]:
-        """(tokenizer, most tokens) of every text encoder; a text is cut where none of them reads on."""
+    def text_limits(self, arguments: Mapping[str, Any] = NOTHING) -> Sequence[tuple[Any, int]]:
+        """(tokenizer, most tokens) of every text encoder under a call's arguments; a text is cut where none of them reads on."""
         raise NotImplementedError
 
     @property
@@ -259,14 +262,14 @@ class StockBackbone:
             raise ValueError(f"negative_prompt has {len(negatives)} entries for {len(prompts)} samples; give one for each, or one string")
         return prompts, negatives
 
-    def cut_text(self, prompts: Sequence[str]) -> list[str | None]:
+    def cut_text(self, prompts: Sequence[str], arguments: Mapping[str, Any] = NOTHING) -> list[str | None]:
         """For each prompt the end that no text encoder reads, as written; None where one of them reads all of it."""
-        ends = [inputs.text_cut_off(tokenizer, prompts, limit) for tokenizer, limit in self.text_limits()]
+        ends = [inputs.text_cut_off(tokenizer, prompts, limit) for tokenizer, limit in self.text_limits(arguments)]
         return [None if None in cut else min(cut, key=len) for cut in zip(*ends, strict=True)]
 
-    def text_limit(self) -> int:
+    def text_limit(self, arguments: Mapping[str, Any] = NOTHING) -> int:
         """The most tokens that any of the text encoders reads."""
-        return max(limit for _, limit in self.text_limits())
+        return max(limit for _, limit in self.text_limits(arguments))
 
 
 SIZE_ARGUMENTS = {"height": "height", "width": "width", "frames": "num_frames"}

@@ -25,6 +25,7 @@ from torch import Tensor
 from diffalign.backbone import Conditioning, Size
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
+from diffalign.pipelines.backbone import NOTHING
 
 # what the stock call takes where it is told nothing
 T5_TOKENS = 512
@@ -77,8 +78,8 @@ class AlignedFluxPipeline(AlignedPipeline, FluxPipeline):
         scale = self.embedded_scale_of({"guidance_scale": embedded_scale})
         return Conditioning(tuple(prompts), tensors, size or self.default_size(), scale)
 
-    def text_limits(self) -> Sequence[tuple[Any, int]]:
-        return [(self.tokenizer, self.tokenizer_max_length), (self.tokenizer_2, self._t5_tokens())]
+    def text_limits(self, arguments: Mapping[str, Any] = NOTHING) -> Sequence[tuple[Any, int]]:
+        return [(self.tokenizer, self.tokenizer_max_length), (self.tokenizer_2, arguments.get("max_sequence_length") or self._t5_tokens())]
 
     def _t5_tokens(self) -> int:
         return self.defaults.get("max_sequence_length", T5_TOKENS)

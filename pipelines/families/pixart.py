@@ -21,6 +21,7 @@ from diffalign.backbone import Conditioning, Size
 from diffalign.diffusion import Sampler, Schedule, Step
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
+from diffalign.pipelines.backbone import NOTHING
 from diffalign.pipelines.binning import ARGUMENT as BINNING
 from diffalign.pipelines.binning import ResolutionBinning
 from diffalign.pipelines.schedule import StockSampler
@@ -99,13 +100,13 @@ class _PixArt(ResolutionBinning, AlignedPipeline):
         latents = self.vae.encode((images * 2 - 1).to(self.vae.device, self.vae.dtype)).latent_dist.mean
         return latents.float() * self.vae.config.scaling_factor
 
-    def text_limits(self) -> Sequence[tuple[Any, int]]:
-        return [(self.tokenizer, self._most_tokens())]
+    def text_limits(self, arguments: Mapping[str, Any] = NOTHING) -> Sequence[tuple[Any, int]]:
+        return [(self.tokenizer, arguments.get("max_sequence_length") or self._most_tokens())]
 
-    def cut_text(self, prompts: Sequence[str]) -> list[str | None]:
+    def cut_text(self, prompts: Sequence[str], arguments: Mapping[str, Any] = NOTHING) -> list[str | None]:
         """T5 is given lower case, which takes other tokens; what is cut off is told as written."""
         read = [prompt.lower() if len(prompt.lower()) == len(prompt) else prompt for prompt in prompts]
-        return [cut and prompt[-len(cut) :] for prompt, cut in zip(prompts, super().cut_text(read), strict=True)]
+        return [cut and prompt[-len(cut) :] for prompt, cut in zip(prompts, super().cut_text(read, arguments), strict=True)]
 
     def _most_tokens(self) -> int:
         return self.defaults.get("max_sequence_length", self.text_tokens)

@@ -28,6 +28,7 @@ from diffalign.backbone import Conditioning, Size
 from diffalign.diffusion import Sampler, Schedule, Step
 from diffalign.pipelines import inputs
 from diffalign.pipelines.aligned import AlignedPipeline
+from diffalign.pipelines.backbone import NOTHING
 from diffalign.pipelines.binning import ARGUMENT as BINNING
 from diffalign.pipelines.binning import ResolutionBinning
 from diffalign.pipelines.schedule import StockSampler
@@ -72,14 +73,15 @@ class _Sana(ResolutionBinning, AlignedPipeline):
         arguments = {name: self._text_default(name) if value is None else value for name, value in given.items()}
         return {**arguments, "device": self._execution_device, "lora_scale": (attention_kwargs or {}).get("scale")}
 
-    def text_limits(self) -> Sequence[tuple[Any, int]]:
+    def text_limits(self, arguments: Mapping[str, Any] = NOTHING) -> Sequence[tuple[Any, int]]:
         """After the instruction, whose tokens do not count."""
-        return [(self.tokenizer, self._text_default("max_sequence_length"))]
+        return [(self.tokenizer, arguments.get("max_sequence_length") or self._text_default("max_sequence_length"))]
 
-    def cut_text(self, prompts: Sequence[str]) -> list[str | None]:
+    def cut_text(self, prompts: Sequence[str], arguments: Mapping[str, Any] = NOTHING) -> list[str | None]:
         """Counted as the stock call does, behind the instruction and in lower case; what is cut off is told as written."""
-        before = "\n".join(self._text_default("complex_human_instruction"))
-        limit = self._text_default("max_sequence_length")
+        instruction = arguments.get("complex_human_instruction")
+        before = "\n".join(self._text_default("complex_human_instruction") if instruction is None else instruction)
+        limit = self.text_limit(arguments)
         limit += len(self.tokenizer.encode(before)) - 2 if before else 0
         read = [prompt.lower().rstrip() if len(prompt.lower()) == len(prompt) else prompt for prompt in prompts]
         cuts = inputs.text_cut_off(self.tokenizer, [before + text for text in read], limit)

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffalign.backbone import Conditioning, Size
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
+from diffalign.pipelines.backbone import NOTHING
 
 
 class AlignedStableDiffusionPipeline(AlignedPipeline, StableDiffusionPipeline):
@@ -77,5 +78,5 @@ class AlignedStableDiffusionPipeline(AlignedPipeline, StableDiffusionPipeline):
         latents = self.vae.encode((images * 2 - 1).to(self.vae.device, self.vae.dtype)).latent_dist.mean
         return latents.float() * self.vae.config.scaling_factor
 
-    def text_limits(self) -> Sequence[tuple[Any, int]]:
+    def text_limits(self, arguments: Mapping[str, Any] = NOTHING) -> Sequence[tuple[Any, int]]:
         return [(self.tokenizer, self.tokenizer.model_max_length)]

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffalign.backbone import Conditioning, Size
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
+from diffalign.pipelines.backbone import NOTHING
 
 T5_TOKENS = 256  # what the stock call lets T5 read where it is told nothing
 
@@ -105,9 +106,10 @@ class AlignedStableDiffusion3Pipeline(AlignedPipeline, StableDiffusion3Pipeline)
         latents = self.vae.encode((images * 2 - 1).to(self.vae.device, self.vae.dtype)).latent_dist.mean
         return (latents.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
-    def text_limits(self) -> Sequence[tuple[Any, int]]:
+    def text_limits(self, arguments: Mapping[str, Any] = NOTHING) -> Sequence[tuple[Any, int]]:
         both = [(tokenizer, self.tokenizer_max_length) for tokenizer in (self.tokenizer, self.tokenizer_2)]
-        return both if self.text_encoder_3 is None else [*both, (self.tokenizer_3, self._t5_tokens())]
+        limit = arguments.get("max_sequence_length") or self._t5_tokens()
+        return both if self.text_encoder_3 is None else [*both, (self.tokenizer_3, limit)]
 
     def _t5_tokens(self) -> int:
         return self.defaults.get("max_sequence_length", T5_TOKENS)

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffalign.backbone import Conditioning, Size
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
+from diffalign.pipelines.backbone import NOTHING
 
 
 class AlignedStableDiffusionXLPipeline(AlignedPipeline, StableDiffusionXLPipeline):
@@ -129,5 +130,5 @@ class AlignedStableDiffusionXLPipeline(AlignedPipeline, StableDiffusionXLPipelin
             finally:
                 self.vae.to(torch.float16)
 
-    def text_limits(self) -> Sequence[tuple[Any, int]]:
+    def text_limits(self, arguments: Mapping[str, Any] = NOTHING) -> Sequence[tuple[Any, int]]:
         return [(tokenizer, tokenizer.model_max_length) for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]

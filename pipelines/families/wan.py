@@ -21,6 +21,7 @@ from torch import Tensor
 from diffalign.backbone import Conditioning, Size
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
+from diffalign.pipelines.backbone import NOTHING
 
 TEXT_TOKENS = 512  # what the stock call takes where it is told nothing; its encode_prompt alone would take 226
 
@@ -131,8 +132,8 @@ class AlignedWanPipeline(AlignedPipeline, WanPipeline):
 
     # ---- prompts and memory -------------------------------------------------------------------------------------------------------
 
-    def text_limits(self) -> Sequence[tuple[Any, int]]:
-        return [(self.tokenizer, self._text_tokens())]
+    def text_limits(self, arguments: Mapping[str, Any] = NOTHING) -> Sequence[tuple[Any, int]]:
+        return [(self.tokenizer, arguments.get("max_sequence_length") or self._text_tokens())]
 
     def _text_tokens(self) -> int:
         return self.defaults.get("max_sequence_length", TEXT_TOKENS)

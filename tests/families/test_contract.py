@@ -312,6 +312,11 @@ def test_what_no_encoder_reads_is_reported(row, shared, caplog):
     assert long.endswith(out.truncated[0])
     assert out.truncated[1] is None
     assert "longer than the model's" in caplog.text
+    if "max_sequence_length" in shared.encode_arguments:
+        fewer = {"max_sequence_length": limit // 2}
+        half = shared([long], seed=[3], output_type="np", **{**row.whole_call(1), **fewer})
+        assert shared.text_limit(fewer) <= limit
+        assert len(half.truncated[0]) >= len(out.truncated[0])
 
 
 def test_a_size_that_does_not_fit_is_refused(row, shared):
