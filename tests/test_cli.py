@@ -256,3 +256,12 @@ def test_memory_options_say_what_load_pipeline_is_told():
     assert evaluation.memory_arguments(parse("generate", "x"))["offload"] is None
     with pytest.raises(ValueError, match="not both"):
         evaluation.memory_arguments(parse("generate", "x", "--memory", "offload-text", "offload-all"))
+
+
+def test_a_video_model_is_refused_before_anything_is_drawn(monkeypatch):
+    class Video:
+        output_field = "frames"
+
+    monkeypatch.setattr("diffalign.hub.load_pipeline", lambda *_, **__: Video())
+    with pytest.raises(ValueError, match="makes videos"):
+        evaluation.load_parts(parse("generate", "x", "--pipeline", "wan2.1-1.3b"), {})
