@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +104,7 @@ def run_search(args: argparse.Namespace) -> int:
     prompts = training_prompts(args)
     require_writable(args.out)
     from diffalign.methods.guidance_search import SearchSettings, search
+    from diffalign.pipelines.batches import fixed_batches
 
     settings = SearchSettings(budget=args.budget, iterations=args.iterations)
     pipeline = load(args)
@@ -114,9 +113,8 @@ def run_search(args: argparse.Namespace) -> int:
     if missing:
         raise ValueError(f"--{' and --'.join(name.replace('num_inference_', '').replace('_', '-') for name in missing)} must be given with "
                          f"--pipeline {args.pipeline}, which has no defaults of its own")  # fmt: skip
-    with ExitStack() as stack:
-        size = options.batch_size(args, SHAPES_SEARCH_BATCH)
-        sample = sampler(pipeline, prompts, size, args.seed, options.stock_arguments(args), stack, args.negative_prompt)
+    size = options.batch_size(args, SHAPES_SEARCH_BATCH)
+    with fixed_batches(pipeline, prompts, size, args.seed, options.stock_arguments(args), args.negative_prompt) as sample:
         with tqdm(total=settings.iterations, disable=None) as bar:
 
             def progress(iteration: int, values: Any) -> None:
@@ -154,41 +152,3 @@ def load(args: argparse.Namespace) -> Any:
 
 def negative(args: argparse.Namespace) -> dict[str, Any]:
     return {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
-
-
-def sampler(
-    pipeline: Any,
-    prompts: Sequence[str],
-    size: int,
-    seed: int,
-    arguments: dict[str, Any],
-    stack: ExitStack,
-    negative_prompt: str | None = None,
-) -> Callable[[int, Any], Any]:
-    """sample(i, method) for the search: latents of batch i, differentiable in the method. `stack` restores the pipeline.
-
-    There are as many batches as the prompts fill, and then the first one again, with its noises; what full guidance makes of it is kept.
-    """
-    from diffalign.pipelines import inputs, state
-
-    for change in (state.frozen, state.own_scheduler):
-        stack.enter_context(change(pipeline))
-    batches = max(1, len(prompts) // size)
-    targets: dict[int, Any] = {}
-
-    def sample(i: int, method: Any) -> Any:
-        batch = i % batches
-        if method is None and batch in targets:
-            return targets[batch]
-        numbers = range(batch * size, (batch + 1) * size)
-        conditioning = pipeline.encode([prompts[n % len(prompts)] for n in numbers], negative_prompt)
-        noise = pipeline.draw_noise(inputs.make_generators([seed + n for n in numbers]))
-        with ExitStack() as inner:
-            if method is not None:
-                inner.enter_context(pipeline.guide(method))
-            latents = pipeline.noise_to_images(noise, conditioning, arguments, output_type="latent")
-        if method is None:
-            targets[batch] = latents
-        return latents
-
-    return sample
