@@ -114,14 +114,14 @@ def run_search(args: argparse.Namespace) -> int:
         raise ValueError(f"--{' and --'.join(name.replace('num_inference_', '').replace('_', '-') for name in missing)} must be given with "
                          f"--pipeline {args.pipeline}, which has no defaults of its own")  # fmt: skip
     size = options.batch_size(args, SHAPES_SEARCH_BATCH)
-    with fixed_batches(pipeline, prompts, size, args.seed, options.stock_arguments(args), args.negative_prompt) as sample:
-        with tqdm(total=settings.iterations, disable=None) as bar:
+    batches = fixed_batches(pipeline, prompts, size, args.seed, options.stock_arguments(args), args.negative_prompt)
+    with batches as sample, tqdm(total=settings.iterations, disable=None) as bar:
 
-            def progress(iteration: int, values: Any) -> None:
-                bar.update()
-                bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        def progress(iteration: int, values: Any) -> None:
+            bar.update()
+            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
 
-            policy = search(sample, arguments["num_inference_steps"], arguments["guidance_scale"], settings, progress)
+        policy = search(sample, arguments["num_inference_steps"], arguments["guidance_scale"], settings, progress)
     policy.save(args.out / FROM_FILE["searched"])
     evaluations = sum(1 if strength in (0.0, 1.0) else 2 for strength in policy.strengths)
     print("strength of guidance at every step (0: unconditional alone, 1: conditional alone):")
