@@ -117,10 +117,10 @@ class Together(Guidance):
     def settings(self) -> dict[str, Any]:
         return {}
 
-    def begin(self, run: Any) -> Planned:
+    def begin(self, run: Any) -> PlannedPolicy:
         policies = [method.begin(run) for method in self.methods]
 
-        class Watched(Planned):
+        class Watched(PlannedPolicy):
             def observe(self, step: int, x: Any, c: Any, u: Any) -> None:
                 for policy in policies:
                     policy.complete(step, x, c, u)

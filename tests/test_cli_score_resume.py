@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from diffalign.reward_models.base import RewardModel
 from PIL import Image
 
 import diffalign.hub as hub
@@ -21,6 +20,7 @@ from diffalign import load_reward
 from diffalign.commands import score_run
 from diffalign.commands.image_files import list_images
 from diffalign.files import appending, read_lines
+from diffalign.reward_models.base import RewardModel
 from tests import scored
 from tests.places import WEIGHTS
 from tests.scored import CHEAP, lines, results, scores

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from diffalign.pipelines.families.stable_diffusion import AlignedStableDiffusionPipeline
 from diffusers import AutoencoderKL, DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffalign.pipelines.families.stable_diffusion import AlignedStableDiffusionPipeline
 
 MAX_TOKENS = 32  # with the two marks; every letter is a token here, so a prompt of more than 30 letters is cut
 WIDTH = 32

@@ -27,8 +27,10 @@ def load_parts(args: argparse.Namespace, mix: Mapping[str, float]) -> tuple[Any,
         library.disable_progress_bar()  # loading is over in a second or two; downloads keep their bars
     pipeline = load_pipeline(args.pipeline, device=args.device, dtype=args.dtype, **memory_arguments(args))
     if pipeline.output_field != "images":
-        raise ValueError(f"{args.pipeline} makes videos, which the commands cannot write yet; call it from Python, with rewards over frames "
-                         "by diffalign.rewards.frames.FrameReward")  # fmt: skip
+        raise ValueError(
+            f"{args.pipeline} makes videos, which the commands cannot write yet; call it from Python, with rewards over frames "
+            "(diffalign.rewards.frames.FrameReward)"
+        )
     pipeline.set_progress_bar_config(disable=True)  # our own bar counts evaluations; one more per denoising step would bury it
     if not mix:
         return pipeline, None
