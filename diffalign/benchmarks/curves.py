@@ -28,7 +28,7 @@ class Point:
 
 
 def equal_pairs(points: Sequence[Point], axis: str = "nfe") -> list[tuple[int, int]]:
-    """Indices of runs of different lines at equal cost, each pair once, in order."""
+    """Indices of runs of different lines that cost the same on an axis, as many evaluations or seconds, each pair once, in order."""
     known = [(i, cost) for i, point in enumerate(points) if (cost := point.cost.get(axis))]
     pairs = [(a, b) for n, a in enumerate(known) for b in known[n + 1 :]]
     return [(i, j) for (i, x), (j, y) in pairs if points[i].line != points[j].line and max(x, y) <= EQUAL * min(x, y)]

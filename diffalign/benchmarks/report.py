@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from diffalign.benchmarks.pages import report_page
-from diffalign.benchmarks.statistics import overall_estimate, paired_difference, paired_task_differences, task_estimates, task_means
+from diffalign.benchmarks.statistics import (
+    FEW_PROMPTS,
+    holm,
+    overall_estimate,
+    paired_difference,
+    paired_task_differences,
+    task_estimates,
+    task_means,
+)
 from diffalign.files import write_json, write_text
 
 
@@ -55,7 +63,26 @@ def summarise(judged: Mapping[str, Judged], baseline: str = "none", measure: str
                 "overall": asdict(paired_difference(values, base, prompts, strata(tasks, pooled))),
                 "tasks": {t: asdict(d) for t, d in paired_task_differences(values, base, prompts, tasks).items()},
             }
-    return {"methods": methods, "paired": {"baseline": baseline, "differences": paired}}
+    corrected = holm({name: found["overall"]["p_value"] for name, found in paired.items()})
+    for name, found in paired.items():
+        found["overall"]["p_holm"] = corrected[name]
+    few = few_prompts(next(iter(methods.values()))["tasks"])
+    return {
+        "methods": methods,
+        "paired": {"baseline": baseline, "differences": paired},
+        **({"few_prompts": few} if few else {}),
+    }
+
+
+def few_prompts(tasks: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """A warning where tasks have too few prompts for their intervals to be more than a rough guide. tasks: name -> its estimate."""
+    counts = {name: estimate["prompts"] for name, estimate in tasks.items() if estimate["prompts"] < FEW_PROMPTS}
+    if not counts:
+        return None
+    which = "every task" if len(counts) == len(tasks) else ", ".join(counts)
+    least, most = min(counts.values()), max(counts.values())
+    held = f"{least}" if least == most else f"{least} to {most}"
+    return f"{which}: {held} prompts, where {FEW_PROMPTS} or more are wanted; read intervals as a rough guide, and draw no conclusion"
 
 
 def measures(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
@@ -71,7 +98,7 @@ def value(row: Mapping[str, Any], measure: str | None = None) -> float:
 
 
 def estimates(rows: Sequence[Mapping[str, Any]], measure: str | None = None) -> dict[str, dict[str, Any]]:
-    """Each task's mean with its interval: Wilson's for verdicts, the prompt bootstrap's for scores."""
+    """Each task's mean with its interval: Wilson's for verdicts, `mean_interval` for scores."""
     method = task_estimates if "correct" in rows[0] else task_means
     return {task: asdict(estimate) for task, estimate in method(*columns(rows, measure)).items()}
 
@@ -132,7 +159,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     if any(value is not None for cost in costs.values() for value in cost.values()):
         parts += ["## Cost per image", table(["method", *COSTS.values()], [[name, *cost_cells(cost)] for name, cost in costs.items()])]
     first = next(iter(summary["methods"].values()))["overall"]
-    facts = {"prompts": first["prompts"], "images per method": first["images"], **summary.get("facts", {})}
+    few = {"TOO FEW PROMPTS": summary["few_prompts"]} if summary.get("few_prompts") else {}
+    facts = {**few, "prompts": first["prompts"], "images per method": first["images"], **summary.get("facts", {})}
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     return "\n\n".join(stamped(parts, summary.get("limited"))) + "\n"
 
@@ -174,10 +202,19 @@ def _gain_table(differences: Mapping[str, Any]) -> str:
     tasks = list(next(iter(differences.values()))["tasks"])
     tasks = tasks if len(tasks) > 1 else []
     rows = [
-        [name, interval(d["overall"], "+"), f"{d['overall']['p_value']:.2g}", *(interval(d["tasks"][t], "+") for t in tasks)]
+        [name, interval(d["overall"], "+"), *p_values(d["overall"]), *(interval(d["tasks"][t], "+") for t in tasks)]
         for name, d in differences.items()
     ]
-    return table(["method", "overall", "p (sign flips)", *tasks], rows)
+    return table(["method", "overall", *P_VALUES, *tasks], rows)
+
+
+P_VALUES = ("p (sign flips)", "p (Holm)")
+
+
+def p_values(difference: Mapping[str, float | None]) -> list[str]:
+    """The cells below P_VALUES: as tested, and corrected for all tests of the table, empty where one was all."""
+    corrected = difference.get("p_holm")  # summaries of before 2026-11-24 have none
+    return [f"{difference['p_value']:.2g}", "" if corrected is None else f"{corrected:.2g}"]
 
 
 def _reward_table(methods: Mapping[str, Any], optimised: set[str]) -> str:

@@ -1,10 +1,17 @@
-"""Error bars that respect how the images were made: images of one prompt are alike, so prompts are what is resampled, within each task.
+"""Error bars that respect how the images were made: images of one prompt are alike, so the prompt is the unit, within each task.
 
-- per task: Wilson's interval (1927), with the number of images replaced by the effective number that the spread between prompts implies;
-- overall = the unweighted mean of the task means (GenEval's convention): percentile interval of a bootstrap over prompts, by task;
-- two methods on the same prompts and noises: the same bootstrap on each prompt's difference, and a sign-flip permutation test, whose
-  null hypothesis is that a prompt's difference is as likely to have either sign. p = (1 + hits) / (1 + draws), two-sided;
-- the per-task p-values are corrected by Holm's step-down (1979).
+- per task of verdicts: Wilson's interval (1927), with the number of images replaced by the effective number that the spread between
+  prompts implies;
+- overall = the unweighted mean of the task means (GenEval's convention), and scores that reach the ends of [0, 1]: Wilson's interval with
+  the effective number that the variance of the mean implies (`bounded_interval`); it neither leaves [0, 1] nor collapses where a few
+  prompts agree, as resampling does;
+- other scores: Student's t with Satterthwaite's degrees of freedom (1946);
+- two methods on the same prompts and noises: an interval of each prompt's difference, and a sign-flip permutation test, whose null
+  hypothesis is that a prompt's difference is as likely to have either sign. p = (1 + hits) / (1 + draws), two-sided;
+- several p-values are corrected by Holm's step-down (1979).
+
+By simulation the 95 % intervals of six tasks cover 0.93 or more from 2 prompts a task on, and near saturation (tests/benchmarks/
+test_statistics.py). A single task's depends on chance at the ends, as Wilson's always does: 0.91 for 10 prompts at a rate of 0.95.
 
 Every function is a pure function of its arguments; the random ones take a seed. `values` may be 0/1 verdicts or scores.
 """
@@ -16,10 +23,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 DRAWS = 10_000
 Z_95 = 1.959963984540054
+FEW_PROMPTS = 10  # of a task; below, an interval is a rough guide
+PRIOR_PROMPTS = 2.0  # how many prompts the guess counts for that a task spreads as verdicts of its rate do
+PRIOR_CHANGES = 1.0  # of a difference: half a prompt gained and half a prompt lost, since none seen does not mean none
 
 
 @dataclass(frozen=True)
@@ -85,15 +95,10 @@ def task_estimates(values: Sequence[float], prompts: Sequence[Hashable], tasks: 
     return out
 
 
-def task_means(
-    values: Sequence[float], prompts: Sequence[Hashable], tasks: Sequence[str], draws: int = DRAWS, seed: int = 0
-) -> dict[str, Estimate]:
-    """The mean score of each task with the prompt bootstrap's interval, for scores that are no verdicts."""
+def task_means(values: Sequence[float], prompts: Sequence[Hashable], tasks: Sequence[str]) -> dict[str, Estimate]:
+    """The mean score of each task with its interval, for scores that are no verdicts."""
     clusters, counts = _by_task(values, prompts, tasks)
-    out = {}
-    for task, means in clusters.items():
-        out[task] = Estimate(float(means.mean()), *_bootstrap_interval([means], draws, seed), counts[task], len(means))
-    return out
+    return {task: Estimate(float(means.mean()), *mean_interval([means]), counts[task], len(means)) for task, means in clusters.items()}
 
 
 def discordance(verdicts: Sequence[float], baseline: Sequence[float]) -> Discordance:
@@ -104,14 +109,57 @@ def discordance(verdicts: Sequence[float], baseline: Sequence[float]) -> Discord
     return Discordance(gained, lost, p_value)
 
 
-def overall_estimate(
-    values: Sequence[float], prompts: Sequence[Hashable], tasks: Sequence[str], draws: int = DRAWS, seed: int = 0
-) -> Estimate:
-    """The unweighted mean of the task means, with the stratified prompt bootstrap's percentile interval."""
+def overall_estimate(values: Sequence[float], prompts: Sequence[Hashable], tasks: Sequence[str]) -> Estimate:
+    """The unweighted mean of the task means, with its interval."""
     clusters, counts = _by_task(values, prompts, tasks)
-    low, high = _bootstrap_interval(list(clusters.values()), draws, seed)
     mean = float(np.mean([means.mean() for means in clusters.values()]))
-    return Estimate(mean, low, high, sum(counts.values()), sum(map(len, clusters.values())))
+    return Estimate(mean, *mean_interval(list(clusters.values())), sum(counts.values()), sum(map(len, clusters.values())))
+
+
+def mean_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Of the unweighted mean of stratum means; each stratum holds its prompts' means."""
+    return bounded_interval(strata) if _reach_the_ends(np.concatenate(strata)) else t_interval(strata)
+
+
+def bounded_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Wilson's interval of a stratified mean of numbers in [0, 1].
+
+    The variance of the mean gives the number of prompts that verdicts of that mean would need to be as uncertain. A stratum's variance is
+    averaged with what verdicts at its rate would have, `PRIOR_PROMPTS` strong, and that rate leans by as much on the overall mean: three
+    prompts that agree are no proof that all would. Never more certain than that many prompts allow in independent verdicts at worst.
+    """
+    mean, variance = float(np.mean([s.mean() for s in strata])), 0.0
+    for s in strata:
+        n = len(s)
+        rate = (n * s.mean() + PRIOR_PROMPTS * mean) / (n + PRIOR_PROMPTS)
+        spread = s.var(ddof=1) if n > 1 else rate * (1 - rate)
+        variance += float(n * spread + PRIOR_PROMPTS * rate * (1 - rate)) / (n + PRIOR_PROMPTS) / n / len(strata) ** 2
+    least = len(strata) ** 2 / sum(1 / len(s) for s in strata)  # the prompts, where strata are equally large
+    return wilson(mean, max(mean * (1 - mean) / variance, least) if variance > 0 else least)
+
+
+def t_interval(strata: Sequence[np.ndarray], prior: float = 0.0) -> tuple[float, float]:
+    """Of the unweighted mean of stratum means. A stratum of one prompt is taken to spread as all prompts do.
+
+    prior: counts for as many prompts of variance 1 in each stratum; then the normal distribution's quantile is taken, since the variance
+    is no longer an estimate alone. One prompt in all has no interval: both ends are its value.
+    """
+    mean, everything = float(np.mean([s.mean() for s in strata])), np.concatenate(strata)
+    if len(everything) < 2 and not prior:
+        return mean, mean
+    whole = everything.var(ddof=1) if len(everything) > 1 else 0.0
+    parts, freedom = [], []
+    for s in strata:
+        n = len(s)
+        spread = s.var() if prior else s.var(ddof=1) if n > 1 else whole
+        parts.append(float(n * spread + prior) / (n + prior) / n / len(strata) ** 2)
+        freedom.append(n - 1 if n > 1 else len(everything) - 1)
+    variance = sum(parts)
+    if variance == 0:
+        return mean, mean
+    degrees = variance**2 / sum(part**2 / each for part, each in zip(parts, freedom, strict=True)) if not prior else math.inf
+    half = math.sqrt(variance) * float(t.ppf(0.975, degrees))
+    return mean - half, mean + half
 
 
 def paired_difference(
@@ -124,7 +172,7 @@ def paired_difference(
 ) -> Difference:
     """How much `values` exceed `baseline`, image by image on the same prompts and noises; overall = the unweighted mean over tasks."""
     clusters, _ = _by_task(_subtract(values, baseline), prompts, tasks)
-    return _difference(list(clusters.values()), draws, seed)
+    return _difference(list(clusters.values()), _reach_the_ends(np.asarray([values, baseline], dtype=float)), draws, seed)
 
 
 def paired_task_differences(
@@ -137,7 +185,8 @@ def paired_task_differences(
 ) -> dict[str, Difference]:
     """`paired_difference` of each task alone, with Holm's correction over the tasks in `p_holm`."""
     clusters, _ = _by_task(_subtract(values, baseline), prompts, tasks)
-    raw = {task: _difference([differences], draws, seed) for task, differences in clusters.items()}
+    of_verdicts = _reach_the_ends(np.asarray([values, baseline], dtype=float))
+    raw = {task: _difference([differences], of_verdicts, draws, seed) for task, differences in clusters.items()}
     corrected = holm({task: d.p_value for task, d in raw.items()})
     return {t: Difference(d.mean, d.low, d.high, d.p_value, d.prompts, corrected[t]) for t, d in raw.items()}
 
@@ -172,21 +221,18 @@ def _by_task(values: Sequence[float], prompts: Sequence[Hashable], tasks: Sequen
     return means, {task: sum(map(len, by_prompt.values())) for task, by_prompt in grouped.items()}
 
 
-def _difference(strata: list[np.ndarray], draws: int, seed: int) -> Difference:
-    low, high = _bootstrap_interval(strata, draws, seed)
+def _reach_the_ends(values: np.ndarray) -> bool:
+    """Whether these are verdicts, or scores on a scale from 0 to 1 some of which are 0 or 1."""
+    return bool(values.min() >= 0 and values.max() <= 1 and ((values == 0) | (values == 1)).any())
+
+
+def _difference(strata: list[np.ndarray], of_verdicts: bool, draws: int, seed: int) -> Difference:
+    """of_verdicts: whether both sides lie in [0, 1] and reach its ends, so that a difference is at most 1 and its spread too."""
+    low, high = t_interval(strata, PRIOR_CHANGES if of_verdicts else 0.0)
+    if of_verdicts:
+        low, high = max(low, -1.0), min(high, 1.0)
     statistic = float(np.mean([s.mean() for s in strata]))
     return Difference(statistic, low, high, _sign_flip(strata, draws, seed), sum(map(len, strata)))
-
-
-def _bootstrap_interval(strata: list[np.ndarray], draws: int, seed: int) -> tuple[float, float]:
-    """2.5 and 97.5 percentiles of the mean of stratum means when each stratum is resampled. Multinomial counts: all draws at once."""
-    rng = np.random.default_rng([seed, 0])
-    total = np.zeros(draws)
-    for means in strata:
-        n = len(means)
-        total += rng.multinomial(n, np.full(n, 1 / n), size=draws) @ means / n
-    low, high = np.percentile(total / len(strata), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _sign_flip(strata: list[np.ndarray], draws: int, seed: int) -> float:

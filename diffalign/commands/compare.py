@@ -1,8 +1,8 @@
 """`diffalign bench compare RUN_A RUN_B ...`: judged runs image by image, with intervals, paired tests, and what each gain cost.
 
 A run is the folder of one method, holding results.jsonl. All must be of one benchmark, judged in the same way, on the same images. Two runs
-are compared task by task, with Holm's correction over the tasks; more against the first and, where methods cost the same, with one
-another, with Holm's correction over those tests. Scores against costs are drawn as curves.
+are compared task by task, with Holm's correction over the tasks; more against the first and, where methods have as many evaluations, with
+one another, with Holm's correction over those tests. Scores against costs are drawn as curves.
 """
 
 # ruff: noqa: T201  (a command speaks to its user)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def compare_all(folders: Sequence[Path], allow_missing: bool = False) -> dict[str, Any]:
     """The comparison as plain JSON data, measure by measure. Raises ValueError where runs cannot be compared, naming what differs."""
-    from diffalign.benchmarks.report import measures
+    from diffalign.benchmarks.report import estimates, few_prompts, measures
 
     rows, facts = [_rows(folder) for folder in folders], [_facts(folder) for folder in folders]
     kept, notes = _shared(folders, rows, facts, allow_missing)
@@ -73,6 +73,8 @@ def compare_all(folders: Sequence[Path], allow_missing: bool = False) -> dict[st
         key = measure or ("accuracy" if "correct" in kept[0][0] else "score")
         found = _pair(kept[0], kept[1], measure) if len(folders) == 2 else {}
         result["measures"][key] = {**found, **_curve(folders, kept, facts, measure)}
+    if few := few_prompts(estimates(kept[0], common[0])):
+        result["few_prompts"] = few
     return result
 
 
@@ -110,7 +112,7 @@ def _pair(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], measur
 
 
 def _curve(folders: Sequence[Path], rows: Sequence[Any], facts: Sequence[Mapping[str, Any]], measure: str | None) -> dict[str, Any]:
-    """Every run as a point of score and cost; of more than two, what each gains over the first, and over others at equal cost."""
+    """Every run as a point of score and cost; of more than two, what each gains over the first, and over others at equal evaluations."""
     from diffalign.benchmarks.curves import Point, equal_pairs
     from diffalign.benchmarks.statistics import holm
 
@@ -180,10 +182,11 @@ def markdown(result: Mapping[str, Any], plots: Mapping[str, str] | None = None) 
 
 
 def _facts_lines(result: Mapping[str, Any]) -> list[str]:
-    lines = [f"- {_letter(i)}: {folder}" for i, folder in enumerate(result["runs"])]
+    lines = [f"- TOO FEW PROMPTS: {result['few_prompts']}"] if result.get("few_prompts") else []
+    lines += [f"- {_letter(i)}: {folder}" for i, folder in enumerate(result["runs"])]
     first = next(iter(result["measures"].values()))
     prompts = first["points"][0]["score"]["prompts"]
-    lines.append(f"- {result['images']} images of {prompts} prompts; 95 % intervals, the differences' by resampling prompts")
+    lines.append(f"- {result['images']} images of {prompts} prompts; 95 % intervals, the prompt being the unit")
     if "discordant" in first:
         found = first["discordant"]
         only = f"right in B only {found['gained']}, in A only {found['lost']}"
@@ -195,16 +198,15 @@ def _facts_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _pair_table(found: Mapping[str, Any]) -> str:
-    from diffalign.benchmarks.report import interval, table
+    from diffalign.benchmarks.report import P_VALUES, interval, p_values, table
 
     lines = []
     tasks = list(found["difference"]["tasks"])
     for name in ["overall", *(tasks if len(tasks) > 1 else [])]:
         parts = {key: found[key]["overall"] if name == "overall" else found[key]["tasks"][name] for key in ("A", "B", "difference")}
         gain = parts["difference"]
-        corrected = "" if gain["p_holm"] is None else f"{gain['p_holm']:.2g}"
-        lines.append([name, interval(parts["A"]), interval(parts["B"]), interval(gain, "+"), f"{gain['p_value']:.2g}", corrected])
-    return table(["task", "A", "B", "B - A", "p (sign flips)", "p (Holm)"], lines)
+        lines.append([name, interval(parts["A"]), interval(parts["B"]), interval(gain, "+"), *p_values(gain)])
+    return table(["task", "A", "B", "B - A", *P_VALUES], lines)
 
 
 def _points_table(points: Sequence[Mapping[str, Any]]) -> str:
@@ -215,20 +217,19 @@ def _points_table(points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _differences_table(found: Mapping[str, Any]) -> str:
-    from diffalign.benchmarks.report import interval, table
+    from diffalign.benchmarks.report import P_VALUES, interval, p_values, table
 
     names = [f"{_letter(i)}: {point['line']}" for i, point in enumerate(found["points"])]
     lines = [
         [
             f"{names[each['to']]} - {names[each['from']]}",
-            "" if each["from"] == 0 else "equal cost",
+            "" if each["from"] == 0 else "equal evaluations",
             interval(each, "+"),
-            f"{each['p_value']:.2g}",
-            f"{each['p_holm']:.2g}",
+            *p_values(each),
         ]
         for each in found["differences"]
     ]
-    return table(["difference", "", "overall", "p (sign flips)", "p (Holm)"], lines)
+    return table(["difference", "", "overall", *P_VALUES], lines)
 
 
 def _letter(i: int) -> str:

@@ -157,8 +157,8 @@ def test_several_runs_are_compared_with_the_first_and_at_equal_cost(ladder):
 def test_curves_are_drawn_and_linked(ladder, tmp_path, capsys):
     assert main(["bench", "compare", *map(str, ladder), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "compare.md").read_text()
-    assert "| D: reno - C: best-of-n | equal cost | +0.500" in text
-    assert "| D: reno      | 1.000 [1.00, 1.00] | 9       | 41 " in text
+    assert "| D: reno - C: best-of-n | equal evaluations | +0.500" in text
+    assert "| D: reno      | 1.000 [0.68, 1.00] | 9       | 41 " in text
     assert "![accuracy against cost](curve.png)" in text
     assert '<img class="plot" src="curve.png"' in (tmp_path / "out" / "compare.html").read_text()
     with Image.open(tmp_path / "out" / "curve.png") as picture:

@@ -56,6 +56,25 @@ def test_tables_say_what_the_summary_holds():
     assert "- device: cpu" in text
 
 
+def test_p_values_are_corrected_for_the_methods_of_the_table():
+    results = {**judged(), "best-of-n": Judged(rows([1, 1, 0, 0, 0, 0, 0, 0]), judged()["none"].traces)}
+    found = summarise(results)["paired"]["differences"]
+    p = {name: each["overall"]["p_value"] for name, each in found.items()}
+    assert p["reno"] < p["best-of-n"]
+    assert found["reno"]["overall"]["p_holm"] == pytest.approx(min(2 * p["reno"], 1))
+    assert "| p (sign flips) | p (Holm) |" in markdown(summarise(results))
+
+
+def test_too_few_prompts_are_named():
+    summary = summarise(judged())
+    assert "every task: 4 prompts" in summary["few_prompts"]
+    assert "- TOO FEW PROMPTS: every task" in markdown(summary)
+    many = [{"filename": f"{i}", "tag": "a" if i < 10 else "b", "prompt": f"{i}", "correct": True} for i in range(14)]
+    trace = {"seconds": 1.0, "best": 0, "rewards": {}}
+    assert "b: 4 prompts" in summarise({"none": Judged(many, [trace] * 14)})["few_prompts"]
+    assert "few_prompts" not in summarise({"none": Judged(many[:10], [trace] * 10)})
+
+
 def test_every_table_of_a_limited_result_says_so():
     limited = "limited to 4 prompts a task (8 of 20)"
     summary = {**summarise(judged()), "breakdown": {"title": "Skills", "methods": {"none": {"a": 1.0}}}, "limited": limited}

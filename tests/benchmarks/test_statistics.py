@@ -9,6 +9,7 @@ from diffalign.benchmarks.statistics import (
     discordance,
     effective_images,
     holm,
+    mean_interval,
     overall_estimate,
     paired_difference,
     paired_task_differences,
@@ -60,7 +61,7 @@ def test_a_prompt_counts_once_whatever_its_number_of_images():
     assert (estimate.images, estimate.prompts) == (4, 2)
 
 
-def test_bootstrap_interval_has_the_width_that_theory_gives():
+def test_overall_interval_has_the_width_that_theory_gives():
     """100 prompts, half correct: standard deviation of the mean 0.05, so 0.5 +- 0.098; two such tasks: 0.098 / sqrt(2)."""
     values = [0, 1] * 50
     one = overall_estimate(values, range(100), ["a"] * 100)
@@ -77,17 +78,77 @@ def test_copies_of_an_image_add_no_certainty():
     assert (copied.low, copied.high) == (single.low, single.high)
 
 
-def test_bootstrap_is_repeatable_and_its_seed_matters():
-    values = np.random.default_rng(3).random(40)
-    same = [overall_estimate(values, range(40), ["t"] * 40, seed=s).low for s in (0, 0, 1)]
-    assert same[0] == same[1] != same[2]
+def test_a_few_prompts_that_agree_are_no_proof():
+    """Resampling gave 2 of 2 the interval [1, 1], and 7 of 12 in six tasks [.50, .67]."""
+    two = overall_estimate([1, 1], range(2), ["t"] * 2)
+    assert (two.low, two.high) == (pytest.approx(0.342, abs=0.001), 1.0)  # Wilson: 2 / (2 + 3.84)
+    values = [1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    seven = overall_estimate(values, range(12), [task for task in "abcdef" for _ in range(2)])
+    assert 0.32 < seven.low < 0.40  # Wilson of 12 prompts, which knows no tasks, has [.32, .81]
+    assert 0.75 < seven.high < 0.81
+    scores = task_means([1.0, 1.0], range(2), ["t"] * 2)["t"]
+    assert scores.low < 0.5
+
+
+def test_one_task_of_verdicts_has_wilsons_interval_overall_too():
+    assert overall_estimate([1, 1, 1, 0], range(4), ["t"] * 4) == task_estimates([1, 1, 1, 0], range(4), ["t"] * 4)["t"]
+
+
+def coverage(draw, truth, interval, runs=1500):
+    found = [interval(draw()) for _ in range(runs)]
+    return np.mean([low - 1e-9 <= truth <= high + 1e-9 for low, high in found])
+
+
+@pytest.mark.parametrize("prompts", [2, 10])
+@pytest.mark.parametrize(("rate", "spread"), [(0.5, 0.3), (0.8, 0.2), (0.95, 0.05), (0.98, 0.02)])
+def test_overall_intervals_cover_at_few_prompts_and_near_saturation(prompts, rate, spread):
+    """Six tasks of different rates. Three standard deviations of 1,500 runs at 0.95 are 0.017."""
+    rng, rates = np.random.default_rng(0), rate + np.linspace(-spread, spread, 6)
+    assert coverage(lambda: list((rng.random((6, prompts)) < rates[:, None]).astype(float)), rates.mean(), mean_interval) >= 0.93
+
+
+@pytest.mark.parametrize("ones", [0.8, 0.9])
+@pytest.mark.parametrize("tasks", [1, 6])
+def test_scores_that_are_mostly_perfect_cover(ones, tasks):
+    """Student's t covers 0.58 for one task of ten prompts at 0.9: the low scores that carry the variance are seldom among them."""
+    rng = np.random.default_rng(0)
+
+    def draw():
+        return list(np.where(rng.random((tasks, 10)) < ones, 1.0, rng.random((tasks, 10))))
+
+    assert coverage(draw, ones + (1 - ones) / 2, mean_interval) >= 0.93
+
+
+@pytest.mark.parametrize("tasks", [1, 6])
+def test_scores_without_ends_cover(tasks):
+    rng = np.random.default_rng(0)
+    assert coverage(lambda: list(rng.normal(21.0, 1.5, (tasks, 10))), 21.0, mean_interval) >= 0.93
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0.3, 0.1), (0.1, 0.02), (0.02, 0.0), (0.9, 0.0), (0.05, 0.05)])
+@pytest.mark.parametrize("tasks", [1, 6])
+def test_differences_cover_where_few_prompts_change(gained, lost, tasks):
+    """Ten prompts a task. Resampling covers 0.17 for one task in which 2 % are gained: mostly it sees no change, and no spread."""
+    rng, names = np.random.default_rng(0), [str(task) for task in range(tasks) for _ in range(10)]
+
+    def interval(change):
+        before = np.where(change == 1, 0, np.where(change == -1, 1, rng.integers(0, 2, len(change))))
+        before[0] = 1 if change[0] != 1 else 0
+        found = paired_difference(before + change, before, range(len(names)), names, draws=1)
+        return found.low, found.high
+
+    def draw():
+        chance = rng.random(len(names))
+        return (chance < gained).astype(int) - (chance > 1 - lost)
+
+    assert coverage(draw, gained - lost, interval, runs=800) >= 0.92
 
 
 def test_sign_flips_by_hand():
     """Three prompts, each better by 1: of the 8 sign patterns two reach |sum| = 3, so p = 1/4."""
     difference = paired_difference([1, 1, 1], [0, 0, 0], range(3), ["t"] * 3)
     assert difference.mean == 1
-    assert (difference.low, difference.high) == (1, 1)
+    assert (difference.low, difference.high) == (pytest.approx(1 - 1.96 * math.sqrt(1 / 4 / 3), abs=1e-3), 1)  # a lost half was not seen
     assert difference.p_value == pytest.approx(0.25, abs=0.02)
 
 
@@ -159,10 +220,11 @@ def test_unpaired_input_is_named():
         paired_difference([1, 2], [1], [0, 1], ["a", "a"])
 
 
-def test_scores_have_the_bootstraps_interval_and_may_leave_the_unit_interval():
+def test_scores_have_students_interval_and_may_leave_the_unit_interval():
+    """Two prompts, 1 and 2: 1.5 -+ 12.706 x 0.5, with one degree of freedom."""
     found = task_means([-3.0, 5.0, 2.0, 2.0], ["p", "p", "q", "r"], ["a", "a", "a", "b"])
     assert (found["a"].mean, found["b"].mean) == (1.5, 2.0)  # prompts p (1) and q (2); r alone
-    assert (found["a"].low, found["a"].high) == (1.0, 2.0)
+    assert (found["a"].low, found["a"].high) == (pytest.approx(1.5 - 6.353, abs=1e-3), pytest.approx(1.5 + 6.353, abs=1e-3))
     assert (found["a"].images, found["a"].prompts, found["b"].low) == (3, 2, 2.0)
 
 
