@@ -33,7 +33,7 @@ from diffalign.commands.train import sampler
 from diffalign.files import read_json, whole_file, write_json, write_text
 from diffalign.hub import load_pipeline
 from diffalign.methods.adaptive_guidance import AdaptiveGuidance, calibrate
-from diffalign.methods.guidance import Guidance, Planned
+from diffalign.methods.guidance import Guidance, PlannedPolicy
 from diffalign.methods.guidance_rivals import DeltaReuse, FixedFraction, IntervalGuidance
 from diffalign.methods.guidance_search import SearchedGuidance, SearchSettings, search
 from diffalign.methods.linear_guidance import LinearCoefficients, LinearGuidance, LinearSettings
