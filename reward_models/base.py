@@ -213,13 +213,12 @@ def check_call(model: RewardModel, images: Tensor, prompts: Sequence[str], place
     check_length(name, images, prompts)
     if not model.differentiable and images.requires_grad and torch.is_grad_enabled():
         raise TypeError(f"reward {name!r} has no gradient; score detached images, or use a method that needs none (best-of-n)")
-    if places is not None:
-        return _check_values(model, images, places)
     key = tuple(prompts)
-    if not model.differentiable or key not in model._checked:
-        _check_values(model, images, range(len(images)))
-    model._checked[key] = None
-    _use(model._checked, key, KEPT_CHECKS)
+    if places is not None or not model.differentiable or key not in model._checked:
+        _check_values(model, images, range(len(images)) if places is None else places)
+    if places is None:
+        model._checked[key] = None
+        _use(model._checked, key, KEPT_CHECKS)
 
 
 def _check_order(name: str, prompts: object) -> None:
