@@ -17,6 +17,8 @@ from torch import Tensor
 from diffalign.diffusion import Schedule
 
 NEGATIVE = "negative_"
+Times = float | Float[Tensor, " b"]
+"""What the network is told of the time: one number for all samples, or one for each."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Backbone(Protocol):
 
     two_calls: bool
     """Whether the two branches of guidance are two calls of the network rather than one on twice the batch."""
+    prediction: str
+    """What the network predicts, one of diffusion.PREDICTIONS."""
 
     def encode(
         self,
@@ -111,14 +115,22 @@ class Backbone(Protocol):
         """The levels that the stock call would visit."""
         ...
 
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
+        """Training timesteps as the model was trained on, uniformly: whole numbers for VP models, fractions of the flow's 1000."""
+        ...
+
+    def levels(self, timesteps: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """(signal, noise) of the network's input at training timesteps."""
+        ...
+
     def predict(
-        self, x: Float[Tensor, "b ..."], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b ..."], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b ..."]:
         """One evaluation of the network on one branch (or several, stacked), as it is. x is a x0 + s eps."""
         ...
 
     def denoise(
-        self, x: Float[Tensor, "b ..."], timestep: float, conditioning: Conditioning, guidance_scale: float = 1.0
+        self, x: Float[Tensor, "b ..."], timestep: Times, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Float[Tensor, "b ..."]:
         """The network's output under classifier-free guidance, u + w (c - u); one evaluation where w <= 1."""
         ...

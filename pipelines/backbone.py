@@ -17,10 +17,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.backbone import Conditioning, Size
+from diffalign.backbone import Conditioning, Size, Times
 from diffalign.diffusion import Sampler, Schedule
 from diffalign.pipelines import inputs
-from diffalign.pipelines.schedule import StockSampler, schedule_of, with_timesteps
+from diffalign.pipelines.schedule import StockSampler, levels, prediction_of, schedule_of, with_timesteps
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 """No arguments."""
@@ -70,7 +70,7 @@ class StockBackbone:
         raise NotImplementedError
 
     def predict(
-        self, x: Float[Tensor, "b ..."], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b ..."], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b ..."]:
         """One plain evaluation of the network."""
         raise NotImplementedError
@@ -157,6 +157,27 @@ class StockBackbone:
         """What else the stock call tells its scheduler when it sets the timesteps, such as the shift by size (mu)."""
         return {}
 
+    @property
+    def prediction(self) -> str:
+        """What the network predicts, as the scheduler says."""
+        return prediction_of(self.scheduler)
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
+        """Uniform over what the model was trained on."""
+        steps = self.scheduler.config.num_train_timesteps
+        if self.prediction == "flow":
+            return steps * (1 - torch.rand(count, generator=generator))
+        return torch.randint(steps, (count,), generator=generator).float()
+
+    def levels(self, timesteps: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """(signal, noise) at training timesteps, float32 on the CPU."""
+        signal, noise = levels(self.scheduler, timesteps.tolist())
+        if not signal:
+            raise ValueError(
+                f"the levels of {type(self.scheduler).__name__} are not known; give the pipeline a DDIM or flow-matching scheduler"
+            )
+        return torch.tensor(signal), torch.tensor(noise)
+
     def stock_sampler(self, scheduler: Any, generators: Sequence[torch.Generator] | None = None, **arguments: Any) -> Sampler:
         """The stock loop's own arithmetic, for `rollout` along `schedule(..., repeats=True)`; scheduler: from `timed_scheduler`."""
         return StockSampler(scheduler, generators, **arguments)
@@ -170,7 +191,7 @@ class StockBackbone:
         return None
 
     def denoise(
-        self, x: Float[Tensor, "b ..."], timestep: float, conditioning: Conditioning, guidance_scale: float = 1.0
+        self, x: Float[Tensor, "b ..."], timestep: Times, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Float[Tensor, "b ..."]:
         """The network's output under guidance, evaluated the way the stock loop does it."""
         if guidance_scale <= 1:
@@ -181,7 +202,8 @@ class StockBackbone:
             u = self.predict(x, timestep, negative, conditioning)
         else:
             both = {name: torch.cat([negative[name], texts[name]]) for name in texts}
-            u, c = self.predict(torch.cat([x, x]), timestep, both, conditioning).chunk(2)
+            twice = torch.cat([timestep, timestep]) if isinstance(timestep, Tensor) else timestep
+            u, c = self.predict(torch.cat([x, x]), twice, both, conditioning).chunk(2)
         return u + guidance_scale * (c - u)
 
     # ---- memory -----------------------------------------------------------------------------------------------------------------
@@ -274,3 +296,10 @@ class StockBackbone:
 
 SIZE_ARGUMENTS = {"height": "height", "width": "width", "frames": "num_frames"}
 """Field of Size -> argument of the stock call."""
+
+
+def times(timestep: Times, x: Float[Tensor, "b ..."], dtype: torch.dtype = torch.float32) -> Float[Tensor, " b"]:
+    """One time for each sample, on its device."""
+    if isinstance(timestep, Tensor):
+        return timestep.to(x.device, dtype)
+    return torch.full((len(x),), timestep, device=x.device, dtype=dtype)

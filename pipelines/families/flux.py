@@ -22,10 +22,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.backbone import Conditioning, Size
+from diffalign.backbone import Conditioning, Size, Times
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
-from diffalign.pipelines.backbone import NOTHING
+from diffalign.pipelines.backbone import NOTHING, times
 
 # what the stock call takes where it is told nothing
 T5_TOKENS = 512
@@ -102,7 +102,7 @@ class AlignedFluxPipeline(AlignedPipeline, FluxPipeline):
     # ---- the loop -----------------------------------------------------------------------------------------------------------------
 
     def predict(
-        self, x: Float[Tensor, "b n c"], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b n c"], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b n c"]:
         """The time goes in as t / 1000, divided in the latents' dtype, which in half precision is another number than divided before."""
         x, words = x.to(self.transformer.dtype), texts["prompt_embeds"]
@@ -110,7 +110,7 @@ class AlignedFluxPipeline(AlignedPipeline, FluxPipeline):
         rows, columns = size.height // self.multiple, size.width // self.multiple
         return self.transformer(
             hidden_states=x,
-            timestep=torch.full((len(x),), timestep, device=x.device, dtype=x.dtype) / 1000,
+            timestep=times(timestep, x, x.dtype) / 1000,
             guidance=None if scale is None else torch.full((len(x),), scale, device=x.device, dtype=torch.float32),
             pooled_projections=texts["pooled_prompt_embeds"],
             encoder_hidden_states=words,

@@ -17,11 +17,11 @@ from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pix
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.backbone import Conditioning, Size
+from diffalign.backbone import Conditioning, Size, Times
 from diffalign.diffusion import Sampler, Schedule, Step
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
-from diffalign.pipelines.backbone import NOTHING
+from diffalign.pipelines.backbone import NOTHING, times
 from diffalign.pipelines.binning import ARGUMENT as BINNING
 from diffalign.pipelines.binning import ResolutionBinning
 from diffalign.pipelines.schedule import StockSampler
@@ -72,14 +72,14 @@ class _PixArt(ResolutionBinning, AlignedPipeline):
         return Conditioning(tuple(prompts), tensors, size)
 
     def predict(
-        self, x: Float[Tensor, "b c h w"], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b c h w"], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         network = self.transformer
         output = network(
             x.to(network.dtype),
             encoder_hidden_states=texts["prompt_embeds"],
             encoder_attention_mask=texts["prompt_attention_mask"],
-            timestep=torch.full((len(x),), timestep, device=x.device, dtype=torch.float32),
+            timestep=times(timestep, x),
             added_cond_kwargs=self.micro_conditions(x, texts["prompt_embeds"].dtype),
             return_dict=False,
         )[0]

@@ -24,11 +24,11 @@ from diffusers.pipelines.sana import pipeline_sana
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.backbone import Conditioning, Size
+from diffalign.backbone import Conditioning, Size, Times
 from diffalign.diffusion import Sampler, Schedule, Step
 from diffalign.pipelines import inputs
 from diffalign.pipelines.aligned import AlignedPipeline
-from diffalign.pipelines.backbone import NOTHING
+from diffalign.pipelines.backbone import NOTHING, times
 from diffalign.pipelines.binning import ARGUMENT as BINNING
 from diffalign.pipelines.binning import ResolutionBinning
 from diffalign.pipelines.schedule import StockSampler
@@ -133,14 +133,14 @@ class AlignedSanaPipeline(_Sana, SanaPipeline):
         return Conditioning(tuple(prompts), tensors, size)
 
     def predict(
-        self, x: Float[Tensor, "b c h w"], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b c h w"], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         network = self.transformer
         output = network(
             x.to(network.dtype),
             encoder_hidden_states=texts["prompt_embeds"].to(network.dtype),
             encoder_attention_mask=texts["prompt_attention_mask"],
-            timestep=torch.full((len(x),), timestep, device=x.device, dtype=torch.float32) * network.config.timestep_scale,
+            timestep=times(timestep, x) * network.config.timestep_scale,
             return_dict=False,
         )[0].float()
         learned_variance = network.config.out_channels // 2 == network.config.in_channels
@@ -156,6 +156,13 @@ class AlignedSanaSprintPipeline(_Sana, SanaSprintPipeline):
         | {"attention_kwargs", BINNING}
     )
     bins: ClassVar[Mapping[int, Any]] = {32: pipeline_sana.ASPECT_RATIO_1024_BIN}
+    prediction = "v_prediction"  # on the circle: a = cos t, s = sin t
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
+        return math.pi / 2 * (1 - torch.rand(count, generator=generator))
+
+    def levels(self, timesteps: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        return timesteps.float().cos(), timesteps.float().sin()
 
     @torch.no_grad()
     def encode(
@@ -188,11 +195,11 @@ class AlignedSanaSprintPipeline(_Sana, SanaSprintPipeline):
         return self._text_default("guidance_scale") if scale is None else scale
 
     def predict(
-        self, x: Float[Tensor, "b c h w"], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b c h w"], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         """The velocity on the circle. s: the flow's time of t; size: that of (s, 1 - s), by which its points lie off the circle."""
         network, states = self.transformer, texts["prompt_embeds"]
-        t = torch.full((len(x),), timestep, device=x.device, dtype=torch.float32)
+        t = times(timestep, x)
         told = torch.sin(t) / (torch.cos(t) + torch.sin(t))
         s = told.view(-1, 1, 1, 1)
         size = torch.sqrt(s**2 + (1 - s) ** 2)

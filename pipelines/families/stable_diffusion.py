@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.backbone import Conditioning, Size
+from diffalign.backbone import Conditioning, Size, Times
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
 from diffalign.pipelines.backbone import NOTHING
@@ -59,7 +59,7 @@ class AlignedStableDiffusionPipeline(AlignedPipeline, StableDiffusionPipeline):
         return Conditioning(tuple(prompts), {**tensors, "negative_prompt_embeds": negative} if unconditional else tensors, size)
 
     def predict(
-        self, x: Float[Tensor, "b c h w"], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b c h w"], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         states = texts["prompt_embeds"]
         return self.unet(x.to(self.unet.dtype), timestep, encoder_hidden_states=states, return_dict=False)[0]

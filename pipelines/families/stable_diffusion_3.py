@@ -15,10 +15,10 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.backbone import Conditioning, Size
+from diffalign.backbone import Conditioning, Size, Times
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
-from diffalign.pipelines.backbone import NOTHING
+from diffalign.pipelines.backbone import NOTHING, times
 
 T5_TOKENS = 256  # what the stock call lets T5 read where it is told nothing
 
@@ -73,11 +73,11 @@ class AlignedStableDiffusion3Pipeline(AlignedPipeline, StableDiffusion3Pipeline)
         return Conditioning(tuple(prompts), tensors, size)
 
     def predict(
-        self, x: Float[Tensor, "b c h w"], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b c h w"], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         return self.transformer(
             hidden_states=x.to(self.transformer.dtype),
-            timestep=torch.full((len(x),), timestep, device=x.device, dtype=torch.float32),
+            timestep=times(timestep, x),
             encoder_hidden_states=texts["prompt_embeds"],
             pooled_projections=texts["pooled_prompt_embeds"],
             return_dict=False,

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.backbone import Conditioning, Size
+from diffalign.backbone import Conditioning, Size, Times
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
 from diffalign.pipelines.backbone import NOTHING
@@ -64,7 +64,7 @@ class AlignedStableDiffusionXLPipeline(AlignedPipeline, StableDiffusionXLPipelin
         return Conditioning(tuple(prompts), tensors, size, embedded_scale)
 
     def predict(
-        self, x: Float[Tensor, "b c h w"], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b c h w"], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         """Told that the original was of the size of the latents, and not cropped; other sizes are for the stock call."""
         states = texts["prompt_embeds"]

@@ -18,10 +18,10 @@ from diffusers import WanPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.backbone import Conditioning, Size
+from diffalign.backbone import Conditioning, Size, Times
 from diffalign.pipelines import state
 from diffalign.pipelines.aligned import AlignedPipeline
-from diffalign.pipelines.backbone import NOTHING
+from diffalign.pipelines.backbone import NOTHING, times
 
 TEXT_TOKENS = 512  # what the stock call takes where it is told nothing; its encode_prompt alone would take 226
 
@@ -67,15 +67,19 @@ class AlignedWanPipeline(AlignedPipeline, WanPipeline):
         return Conditioning(tuple(prompts), tensors, size)
 
     def predict(
-        self, x: Float[Tensor, "b c f h w"], timestep: float, texts: Mapping[str, Tensor], conditioning: Conditioning
+        self, x: Float[Tensor, "b c f h w"], timestep: Times, texts: Mapping[str, Tensor], conditioning: Conditioning
     ) -> Float[Tensor, "b c f h w"]:
         boundary = self.config.boundary_ratio
-        first = boundary is None or timestep >= boundary * self.scheduler.config.num_train_timesteps
-        network = self.transformer if first else self.transformer_2
-        tokens = (x[0, 0].numel() // 4,) if self.config.expand_timesteps else ()  # a token is 2 x 2 latents of one frame
+        told = times(timestep, x)
+        first = [True] if boundary is None else (told >= boundary * self.scheduler.config.num_train_timesteps).tolist()
+        if len(set(first)) > 1:
+            raise ValueError("samples on both sides of Wan 2.2's boundary need different networks; give timesteps of one side at a time")
+        network = self.transformer if first[0] else self.transformer_2
+        if self.config.expand_timesteps:
+            told = told[:, None].expand(-1, x[0, 0].numel() // 4)  # a token is 2 x 2 latents of one frame
         return network(
             hidden_states=x.to(self.transformer.dtype),
-            timestep=torch.full((len(x), *tokens), timestep, device=x.device, dtype=torch.float32),
+            timestep=told,
             encoder_hidden_states=texts["prompt_embeds"],
             return_dict=False,
         )[0]

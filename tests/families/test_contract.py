@@ -197,6 +197,32 @@ def test_every_weight_of_the_network_can_be_trained_through_predict(row):
     assert len(reached) > 0.8 * len(list(network.parameters()))
 
 
+def test_samples_may_have_times_of_their_own(row, shared):
+    """Each at its own level equals each alone: what training on a batch of timesteps needs."""
+    size = shared.size_of({**shared.defaults, **row.call})
+    conditioning, schedule = conditioning_of(shared, row), shared.schedule(3, size=size)
+    x, told = shared.draw_noise(generators(), size), torch.tensor([schedule.timesteps[0], schedule.timesteps[-1]])
+    with torch.no_grad():
+        together = shared.denoise(x, told, conditioning, scale_of(shared, row))
+        for i in range(2):
+            alone = shared.denoise(x[i : i + 1], schedule.timesteps[-i], conditioning.rows([i]), scale_of(shared, row))
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=10 * row.atol)
+
+
+def test_training_levels_are_those_of_the_schedule(row, shared):
+    """At the schedule's own timesteps; draws lie where the model was trained."""
+    schedule = shared.schedule(3, size=shared.size_of({**shared.defaults, **row.call}))
+    signal, noise = shared.levels(torch.tensor(schedule.timesteps[:-1]))
+    torch.testing.assert_close(signal, torch.tensor(schedule.signal[:-2]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(noise, torch.tensor(schedule.noise[:-2]), rtol=0, atol=2e-3)
+    assert shared.prediction == schedule.prediction
+    drawn = shared.draw_timesteps(1000, torch.Generator().manual_seed(0))
+    signal, noise = shared.levels(drawn)
+    assert torch.isfinite(signal).all()
+    assert 0 <= noise.min() < 0.2
+    assert 0.9 < noise.max() <= 1
+
+
 # ---- memory --------------------------------------------------------------------------------------------------------------------
 
 
