@@ -50,6 +50,7 @@ PLANTED = [
     ("diffalign/shapes/scenes.py", "diffalign.benchmarks.report"),  # more than the rules
     ("diffalign/pipelines/outputs.py", "diffalign.shapes.detector"),  # the judge
     ("diffalign/benchmarks/detector_reward.py", "diffalign.shapes.detector"),  # a reward from the judge
+    ("diffalign/training/contract.py", "diffalign.pipelines.presets"),  # more than a protocol
     ("diffalign/hub.py", "diffalign.app"),
     ("diffalign/commands/bench.py", "gradio"),
 ]
