@@ -40,7 +40,7 @@ test-slow: $(VENV)/.diffalign-dev $(TESTED_FROM) ## all tests, also the slow one
 # Everything but the packages, so that the tests cannot help testing what is installed.
 build/outside: FORCE
 	rm -rf $@ && mkdir -p $@
-	cp -R $(filter-out diffalign pipelines reward_models build outputs runs dist,$(wildcard *)) .gitignore $@
+	cp -R $(filter-out diffalign pipelines reward_models build outputs runs dist %.egg-info,$(wildcard *)) .gitignore $@
 
 lint: $(VENV)/.diffalign-dev ## style, format, and the direction of imports
 	$(BIN)/ruff check .

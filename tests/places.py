@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -39,3 +40,11 @@ def copy_installed_layout(target: Path) -> None:
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target / place)
     shutil.copy(ROOT / "pyproject.toml", target)
+
+
+def linked(document: Path, link: str) -> Path:
+    """What a relative link in a document means: a file of the checkout, or of a package, wherever that is installed."""
+    path = Path(os.path.normpath(document.parent / link))
+    inside = path.relative_to(ROOT)
+    folder = {"diffalign": PACKAGE, **{name.rpartition(".")[2]: PACKAGES[name] for name in PACKAGES if "." in name}}.get(inside.parts[0])
+    return path if folder is None else folder.joinpath(*inside.parts[1:])

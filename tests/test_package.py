@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import diffalign
-from tests.places import ROOT, WEIGHTS, sources
+from tests.places import ROOT, WEIGHTS, linked, sources
 
 MODELS = ("shapes", "shapes-turbo", "shapes-clip", "shapes-preference", "shapes-aesthetic")
 MOST_BYTES = 40_000_000
@@ -138,7 +138,7 @@ def test_links_lead_somewhere_and_make_targets_exist(path):
         assert target in targets, f"make {target}"
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not link.startswith(("http://", "https://", "mailto:")):
-            assert (path.parent / link).exists(), link
+            assert linked(path, link).exists(), link
 
 
 def test_the_licence_is_the_declared_one():
