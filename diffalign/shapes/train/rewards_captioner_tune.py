@@ -233,6 +233,8 @@ def train_rounds(
 
     run: holds the images (reward_images/) and one training state a round. Each round starts from the averaged weights of the last.
     """
+    if len(settings.fresh_prompts) < settings.rounds - 1:
+        raise ValueError(f"fresh_prompts must name a number for each of {settings.rounds - 1} later rounds; got {settings.fresh_prompts}")
     folder = run / "reward_images"
     rows = made.annotator_rows(settings.turbo_prompts + settings.base_prompts, config.seed)
     plain = made.from_pipeline(turbo, 1, (0.0,))
