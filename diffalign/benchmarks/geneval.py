@@ -66,6 +66,7 @@ def remembering(colors: Colors, image: Pixels) -> Callable[[str, Sequence[Detect
 class GenEvalBenchmark:
     """`limit` prompts (None: all 553), as many of each task as goes, with `samples` images each.
 
+    source: the user's copy of the prompts, as `geneval_prompts.metadata` takes it; needed where NumPy's random stream has changed.
     Without a scorer it can only say what to generate. With `allow_missing` the rows may be fewer than the items.
     """
 
@@ -75,6 +76,7 @@ class GenEvalBenchmark:
     seed: int = 0
     batch_size: int = 8
     allow_missing: bool = False
+    source: str | Path | None = None
     name: str = "geneval"
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class GenEvalBenchmark:
             raise ValueError(f"limit must be at least 1 prompt; got {self.limit}")
 
     def items(self) -> list[Item]:
-        rows = metadata()
+        rows = metadata(self.source)
         return [
             Item(index, sample, item_seed(self.seed, index, sample), rows[index]["tag"], rows[index]["prompt"], rows[index])
             for index in spread_over_tasks([row["tag"] for row in rows], self.limit)
@@ -93,7 +95,7 @@ class GenEvalBenchmark:
 
     def limited(self) -> str | None:
         """What a figure of fewer than all prompts must be quoted with."""
-        return limited_to([row["tag"] for row in metadata()], self.limit)
+        return limited_to([row["tag"] for row in metadata(self.source)], self.limit)
 
     def tasks(self) -> list[Task]:
         """What there is to judge. Raises ValueError without a scorer."""

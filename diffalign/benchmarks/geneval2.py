@@ -106,9 +106,17 @@ def skills(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def write_official(folder: Path, rows: Sequence[Mapping[str, Any]], items: Sequence[Item]) -> None:
-    """scores.json as the official evaluator writes it, image_paths.json as it reads it (prompt -> path), and a summary in percent."""
+    """scores.json as the official evaluator writes it, image_paths.json as it reads it (prompt -> path), and a summary in percent.
+
+    scores.json has one list for each prompt, in their order. Of several images of a prompt it holds each question's mean probability, and
+    image_paths.json the first image, since both files have room for one.
+    """
     write_json(folder / "image_paths.json", {item.prompt: str((folder / item.name).resolve()) for item in items if item.sample == 0})
-    write_text(folder / "scores.json", json.dumps([[p for _, p in row["detail"]["probabilities"]] for row in rows]) + "\n")
+    prompts: dict[int, list[list[float]]] = {}
+    for row in rows:
+        prompts.setdefault(row["index"], []).append([p for _, p in row["detail"]["probabilities"]])
+    scores = [[sum(of_question) / len(images) for of_question in zip(*images, strict=True)] for images in prompts.values()]
+    write_text(folder / "scores.json", json.dumps(scores) + "\n")
     lines = [f"{name}: {100 * sum(row['values'][name] for row in rows) / len(rows):.4f}" for name in rows[0]["values"]]
     atoms: dict[str, list[float]] = {}
     for row in rows:

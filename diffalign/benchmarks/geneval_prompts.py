@@ -17,11 +17,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffalign.benchmarks.geneval_rules import COLORS, RELATIONS
+from diffalign.benchmarks.sources import read_source
 
 # The 80 detection classes of COCO in its order, the detector's class index; GenEval renamed three (mouse, remote, keyboard).
 # fmt: off
@@ -41,12 +43,19 @@ DRAWS_PER_TASK = 100  # of every task but single_object; exact duplicates go aft
 SEED = 43
 SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # of the released evaluation_metadata.jsonl
 
+FILE = "evaluation_metadata.jsonl"
+HOME = "https://github.com/djghosh13/geneval (prompts/)"
+
 Row = dict[str, Any]
 
 
-def metadata() -> list[Row]:
-    """The 553 rows in file order, the caller's own to change. Raises RuntimeError where NumPy draws other numbers."""
-    return copy.deepcopy(_checked_rows())
+def metadata(source: str | Path | None = None) -> list[Row]:
+    """The 553 rows in file order, the caller's own to change: drawn again, or read from the user's copy of the released file.
+
+    source: a clone of the release, its evaluation_metadata.jsonl, or the raw URL of either. Raises ValueError where a NumPy of another
+    random stream draws other rows, or the file is not the released one; FileNotFoundError where there is none.
+    """
+    return copy.deepcopy(_checked_rows() if source is None else _read_rows(str(source)))
 
 
 def jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -83,13 +92,26 @@ def parse(prompt: str) -> Row:
 @lru_cache(maxsize=1)
 def _checked_rows() -> list[Row]:
     rows = _draw(np.random.default_rng(SEED))
-    found = hashlib.sha256(jsonl(rows).encode()).hexdigest()
+    found = _digest(jsonl(rows))
     if found != SHA256:
-        raise RuntimeError(
-            f"NumPy {np.__version__} draws other GenEval prompts than the released ones (sha256 {found[:8]} instead of {SHA256[:8]}); "
-            "use a NumPy whose Generator.choice gives the same stream, such as 2.4"
+        raise ValueError(
+            f"NumPy {np.__version__} has another random stream and draws other GenEval prompts than the released ones (sha256 {found[:8]} "
+            f"instead of {SHA256[:8]}); give your copy of {FILE}, from {HOME}, with --prompts (in Python as source=), "
+            "or use a NumPy that draws them, such as 2.4"
         )
     return rows
+
+
+def _read_rows(source: str) -> list[Row]:
+    text = read_source(source, (FILE, f"prompts/{FILE}"), HOME)
+    found = _digest(text)
+    if found != SHA256:
+        raise ValueError(f"{source} is not the released {FILE} (sha256 {found[:8]} instead of {SHA256[:8]}); copy it again from {HOME}")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _draw(rng: np.random.Generator) -> list[Row]:

@@ -1,4 +1,5 @@
-"""Prompt lists where the user has them: a clone, a file, or a URL of either. Nothing is copied into this package or kept.
+"""Prompt lists where the user has them: a clone, a file, or a URL of either. Nothing is copied into this package or onto the disk; a
+process reads each list once, and again only where its file has changed since.
 
 A list is known by the hash of its prompts, which stands in every result, since lists change under one name.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import urllib.request
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 TIMEOUT = 60  # seconds
@@ -27,6 +29,21 @@ def read_source(source: str | Path, paths: Sequence[str], home: str) -> str:
     else:
         folder = Path(text).expanduser()
         places = [folder] if folder.is_file() else [folder / path for path in paths]
+    return _read(tuple(places), tuple(_stamp(place) for place in places), home)
+
+
+def _stamp(place: str | Path) -> tuple[int, int] | None:
+    """What changes when a file is written again; of an address nothing is known without asking for it."""
+    try:
+        found = Path(place).stat() if isinstance(place, Path) else None
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size) if found else None
+
+
+@lru_cache(maxsize=64)
+def _read(places: tuple[str | Path, ...], stamps: tuple[tuple[int, int] | None, ...], home: str) -> str:
+    """`stamps` only tells versions of a file apart."""
     problems = []
     for place in places:
         try:

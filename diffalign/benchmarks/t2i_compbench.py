@@ -129,15 +129,16 @@ def write_upstream_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> l
     """Writes each category's scores where upstream's evaluators write theirs, and its average beside. BLIP-VQA's answers are text there."""
     written = []
     for category in dict.fromkeys(row["tag"] for row in rows):
-        of_category = [row for row in rows if row["tag"] == category]
-        place = folder / category / CATEGORIES[category].result
+        facts = CATEGORIES[category]
+        place = folder / category / facts.result
         place.mkdir(parents=True, exist_ok=True)
-        as_text = CATEGORIES[category].scorer == "BLIP-VQA"
+        as_text = facts.scorer == "BLIP-VQA"
         answers = [
             {"question_id": number, "answer": f"{row['value']:.4f}" if as_text else row["value"]}
-            for number, row in sorted((int(Path(row["filename"]).stem.rpartition("_")[2]), row) for row in of_category)
+            for number, row in sorted((int(Path(row["filename"]).stem.rpartition("_")[2]), row) for row in rows if row["tag"] == category)
         ]
         write_json(place / "vqa_result.json", answers)
-        write_text(place / "avg_score.txt", f"score avg:{sum(float(answer['answer']) for answer in answers) / len(answers)}")
+        total, number = sum(float(answer["answer"]) for answer in answers), len(answers)
+        write_text(place / facts.average, facts.average_text.format(total=total, number=number, average=total / number))
         written.append(place / "vqa_result.json")
     return written

@@ -19,25 +19,28 @@ SPLITS = ("val", "val_seen", "val_unseen", "train")
 
 @dataclass(frozen=True)
 class Category:
-    """One category. `scorer` is what upstream judges it by; `result` the folder, inside the category's, that its scores are written to."""
+    """One category, and where upstream's evaluator of it leaves what."""
 
     name: str
-    scorer: str
-    result: str
+    scorer: str  # what upstream judges it by
+    result: str  # the folder, inside the category's, that its scores are written to
+    average: str  # the file in it that holds their average
+    average_text: str = "score avg:{average}"  # what that file says
     plus_plus: bool = False  # only in T2I-CompBench++
 
 
+_BLIP = ("annotation_blip", "blip_vqa_score.txt", "BLIP-VQA score:{average}")
 CATEGORIES: dict[str, Category] = {
     category.name: category
     for category in (
-        Category("color", "BLIP-VQA", "annotation_blip"),
-        Category("shape", "BLIP-VQA", "annotation_blip"),
-        Category("texture", "BLIP-VQA", "annotation_blip"),
-        Category("spatial", "2D spatial", "labels/annotation_obj_detection_2d"),
-        Category("3d_spatial", "3D spatial", "labels/annotation_obj_detection_3d", plus_plus=True),
-        Category("non_spatial", "CLIPScore", "annotation_clip"),
-        Category("numeracy", "numeracy", "annotation_num", plus_plus=True),
-        Category("complex", "3-in-1", "annotation_3_in_1"),
+        Category("color", "BLIP-VQA", *_BLIP),
+        Category("shape", "BLIP-VQA", *_BLIP),
+        Category("texture", "BLIP-VQA", *_BLIP),
+        Category("spatial", "2D spatial", "labels/annotation_obj_detection_2d", "avg_score.txt"),
+        Category("3d_spatial", "3D spatial", "labels/annotation_obj_detection_3d", "avg_result.txt", "avg score is {average}", True),
+        Category("non_spatial", "CLIPScore", "annotation_clip", "score_avg.txt"),
+        Category("numeracy", "numeracy", "annotation_num", "score.txt", "total:{total} num:{number} avg:{average}", True),
+        Category("complex", "3-in-1", "annotation_3_in_1", "vqa_score.txt"),
     )
 }
 

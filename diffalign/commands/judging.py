@@ -32,8 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-missing", action="store_true", help=missing_help)
     images_help = "judge images that another program made, in the benchmark's own layout, and generate nothing"
     parser.add_argument("--images", type=Path, metavar="DIR", help=images_help)
-    prompts = parser.add_argument_group("prompts of all but shapes and geneval, which bring their own")
-    prompts.add_argument("--prompts", metavar="DIR", help="your clone of the benchmark, its file of prompts, or the raw URL of either")
+    prompts = parser.add_argument_group("prompts, of all but shapes and geneval, which draw their own")
+    prompts_help = "your clone of the benchmark, its file of prompts, or the raw URL of either; geneval: where NumPy draws other ones"
+    prompts.add_argument("--prompts", metavar="DIR", help=prompts_help)
     prompts.add_argument("--category", nargs="+", metavar="NAME", help="t2i-compbench: which categories (default: all eight)")
     judge = parser.add_argument_group("judges")
     judge.add_argument(

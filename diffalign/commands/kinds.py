@@ -57,7 +57,7 @@ def _shapes(args: argparse.Namespace, common: Mapping[str, Any]) -> Any:
 def _geneval(args: argparse.Namespace, common: Mapping[str, Any]) -> Any:
     from diffalign.benchmarks.geneval import GenEvalBenchmark
 
-    return GenEvalBenchmark(**common)
+    return GenEvalBenchmark(**common, source=args.prompts)
 
 
 def _geneval_check(args: argparse.Namespace) -> None:
@@ -103,7 +103,7 @@ KINDS: Mapping[str, Kind] = {
     "geneval": Kind(
         4,
         _geneval,
-        options=("detector", "clip"),
+        options=("detector", "clip", "prompts"),
         verdicts=True,
         judge=_geneval_judge,
         check=_geneval_check,

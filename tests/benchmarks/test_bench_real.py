@@ -122,7 +122,7 @@ def test_stages_and_missing_images(capsys, tiny_folder, tmp_path, models):
         ("geneval", [], "--detector is needed to judge, and none was given"),
         ("geneval", ["--detector", "nowhere.pth"], "nowhere.pth does not exist"),
         ("geneval", ["--split", "test"], "geneval has no --split"),
-        ("geneval", ["--prompts", "clone"], "--prompts belongs to t2i-compbench"),
+        ("shapes", ["--prompts", "clone"], "--prompts belongs to geneval and t2i-compbench"),
         ("t2i-compbench", [], "--prompts is needed"),
         ("t2i-compbench", ["--prompts", "nowhere"], "the prompts are neither at nowhere/color_val.txt"),
         ("shapes", ["--images", "."], "--images belongs to benchmarks of other programs"),

@@ -6,8 +6,10 @@ from collections import Counter
 import pytest
 
 from diffalign.benchmarks import geneval_prompts
+from diffalign.benchmarks.geneval import GenEvalBenchmark
 from diffalign.benchmarks.geneval_prompts import OBJECTS, article, jsonl, metadata, plural
 from diffalign.benchmarks.geneval_rules import COLORS, RELATIONS, TASKS
+from diffalign.cli import main
 from tests.benchmarks import recorded
 
 
@@ -57,14 +59,50 @@ def test_rows_are_the_callers_own():
     assert metadata()[0]["include"][0]["count"] == 1
 
 
-def test_other_random_numbers_are_an_error_not_other_prompts(monkeypatch):
+@pytest.fixture
+def other_stream(monkeypatch):
+    """A NumPy that draws other numbers from a seed."""
     monkeypatch.setattr(geneval_prompts, "SEED", 44)
     geneval_prompts._checked_rows.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match="draws other GenEval prompts"):
-            metadata()
-    finally:
-        geneval_prompts._checked_rows.cache_clear()
+    yield
+    geneval_prompts._checked_rows.cache_clear()
+
+
+def test_other_random_numbers_are_an_error_not_other_prompts(other_stream):
+    with pytest.raises(ValueError, match=r"draws other GenEval prompts.*evaluation_metadata\.jsonl.*--prompts"):
+        metadata()
+
+
+def test_the_command_says_so_in_a_sentence(other_stream, tiny_folder, tmp_path, capsys):
+    command = [
+        "bench",
+        "geneval",
+        "--pipeline",
+        str(tiny_folder),
+        "--method",
+        "none",
+        "--stage",
+        "generate",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(command) == 1
+    assert "draws other GenEval prompts" in capsys.readouterr().err
+
+
+def test_the_users_own_copy_takes_the_place_of_the_stream_and_is_checked(tmp_path, monkeypatch):
+    file = tmp_path / "prompts" / "evaluation_metadata.jsonl"
+    file.parent.mkdir()
+    file.write_text(jsonl(metadata()))
+    drawn = metadata()
+    monkeypatch.setattr(geneval_prompts, "_checked_rows", None)  # nothing is drawn
+    assert metadata(file) == metadata(tmp_path) == drawn
+    assert GenEvalBenchmark(source=tmp_path).items()[0].prompt == drawn[0]["prompt"]
+    file.write_text(jsonl(drawn[:-1]))
+    with pytest.raises(ValueError, match="is not the released"):
+        metadata(file)
+    with pytest.raises(FileNotFoundError, match="geneval"):
+        metadata(tmp_path / "nowhere")
 
 
 def test_the_released_file_to_the_byte():

@@ -220,6 +220,16 @@ def test_the_official_evaluators_scores_can_be_given(folders, tmp_path):
     assert lines[:3] == ["soft-tifa-gm: 55.0000", "soft-tifa-am: 57.5000", "4 atoms (GM): 60.0000"]
 
 
+def test_the_official_file_has_one_list_a_prompt_whatever_the_number_of_images(folders, tmp_path):
+    """Of two images, each question's mean."""
+    bench = benchmark(folders, "geneval2", GivenScores([[0.9, 0.4], [0.5]], "given"), samples=2)
+    generate_missing(bench.items(), tmp_path, grey, batch_size=8)
+    rows = bench.score(tmp_path)
+    rows[1] = {**rows[1], "detail": {"probabilities": [["count", 0.1], ["attribute", 0.6]]}}
+    write_geneval2(tmp_path, rows, bench.items())
+    assert json.loads((tmp_path / "scores.json").read_text()) == [pytest.approx([0.5, 0.5]), [0.5]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{}", "must hold a list"), ("[[0.5, 2]]", "must hold a list"), ("[[0.5]]", "1 numbers for prompt 0, which has 2 questions")],

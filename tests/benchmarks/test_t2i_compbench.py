@@ -95,6 +95,20 @@ def test_layout_and_names_are_upstreams(clone, tmp_path):
     assert not list((tmp_path / "run").rglob("metadata.jsonl"))
 
 
+def test_lists_are_read_once_and_again_where_they_change(clone, monkeypatch):
+    from diffalign.benchmarks import sources
+
+    read, calls = sources._bytes, []
+    monkeypatch.setattr(sources, "_bytes", lambda place: (calls.append(place), read(place))[1])
+    for _ in range(3):
+        benchmark = T2ICompBench(clone, samples=2, limit=8)
+        benchmark.items()
+        benchmark.protocol()
+    assert len(calls) == len(CATEGORIES)
+    (clone / "color_val.txt").write_text("a purple cup and a white bowl\n")
+    assert T2ICompBench(clone, categories=["color"]).items()[0].prompt == "a purple cup and a white bowl"
+
+
 def test_a_prompts_seed_does_not_depend_on_what_else_is_run(clone):
     alone = {item.name: item.seed for item in T2ICompBench(clone, categories=["spatial"], samples=2).items()}
     among = {item.name: item.seed for item in T2ICompBench(clone, samples=2).items()}
@@ -187,7 +201,19 @@ def test_results_are_written_where_upstream_writes_them(tmp_path):
     assert colors == tmp_path / "color" / "annotation_blip" / "vqa_result.json"
     assert json.loads(colors.read_text()) == [{"question_id": 0, "answer": "0.6900"}, {"question_id": 1, "answer": "0.2500"}]
     assert json.loads(spatial.read_text()) == [{"question_id": 4, "answer": 0.7}]
-    assert (colors.parent / "avg_score.txt").read_text() == f"score avg:{(0.69 + 0.25) / 2}"
+    assert (colors.parent / "blip_vqa_score.txt").read_text() == f"BLIP-VQA score:{(0.69 + 0.25) / 2}"
+    assert (spatial.parent / "avg_score.txt").read_text() == "score avg:0.7"
+
+
+def test_averages_have_upstreams_names(tmp_path):
+    """Each evaluator of upstream's calls its average otherwise."""
+    rows = [{"filename": f"{c}/samples/a cup_000000.png", "tag": c, "prompt": "a cup", "value": 0.5} for c in CATEGORIES]
+    write_upstream_results(tmp_path, rows)
+    found = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.txt")}
+    assert found["3d_spatial/labels/annotation_obj_detection_3d/avg_result.txt"] == "avg score is 0.5"
+    assert found["non_spatial/annotation_clip/score_avg.txt"] == "score avg:0.5"
+    assert found["numeracy/annotation_num/score.txt"] == "total:0.5 num:1 avg:0.5"
+    assert found["complex/annotation_3_in_1/vqa_score.txt"] == "score avg:0.5"
 
 
 # --- end to end on tiny random models -----------------------------------------------------------------------------------------
