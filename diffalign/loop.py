@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.diffusion import Sampler
+from diffalign.diffusion import Sampler, Schedule
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class DenoisingLoop(Protocol):
 
     steps: int
     """Of the schedule; a run evaluates each row so often, twice under guidance."""
+    schedule: Schedule
+    """The levels that it visits."""
 
     def run(
         self,

@@ -127,6 +127,16 @@ METHODS: tuple[Method, ...] = (
         summary="start many noises and drop the worse half on the way, twice; several steps only",
     ),
     Method(
+        name="guide",
+        target="diffalign.methods.guide:Guide",
+        kind=NOISE,
+        needs_gradient=True,
+        needs_steps=True,
+        from_budget="",
+        paper="Bansal et al. 2023, arXiv 2302.07121 (forward guidance)",
+        summary="pull the predicted image along the reward's gradient while it is denoised; several steps only",
+    ),
+    Method(
         name="adaptive",
         target="diffalign.methods.adaptive_guidance:AdaptiveGuidance",
         kind=STEP,

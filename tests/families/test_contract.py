@@ -283,7 +283,7 @@ def test_adaptive_guidance_runs(row, shared):
     assert out.guidance.evaluations == [out.guidance.steps + 1] * 2
 
 
-@pytest.mark.parametrize("method", [diffalign.FKSteering, diffalign.SeedPruning], ids=["fk", "prune"])
+@pytest.mark.parametrize("method", [diffalign.FKSteering, diffalign.SeedPruning, diffalign.Guide], ids=["fk", "prune", "guide"])
 def test_particles_run_where_there_are_steps(row, shared, method):
     plugin, call = method(Brightness(), budget=3), {**row.whole_call(), "output_type": "np"}
     if shared.schedule(row.call.get("num_inference_steps"), **steps_of(row)).steps < 2:

@@ -76,7 +76,7 @@ def problem(seeds=(0,), backbone=None, prompts=None) -> NoiseProblem:
     def generate(noise, rows):
         return loop.decode(loop.run(noise, list(rows)).latents)
 
-    return NoiseProblem(seeded_noise((1, 4, 4), seeds, 0), prompts, list(seeds), generate, None, loop)
+    return NoiseProblem(seeded_noise((1, 4, 4), seeds, 0), prompts, list(seeds), generate, loop=loop)
 
 
 # ---- FK steering -------------------------------------------------------------------------------------------------------------
