@@ -187,6 +187,18 @@ SPECS: dict[str, Spec] = {
         memory=15.5,
         dtype="bfloat16",
     ),
+    "hpsv3++": Spec(
+        name="hpsv3++",
+        target="diffalign.reward_models.hpsv3_plus:HPSv3Plus",
+        paper="Liu et al., HPSv3++ (arXiv 2606.14657)",
+        licence="Apache-2.0",
+        range=(-5.0, 12.0),
+        unit="mean of a normal preference score: nats of log-odds between two images of one prompt, but for their spread",
+        checkpoint={"model": "Junjun2333/HPSv3-PlusPlus", "backbone": "Qwen/Qwen3-VL-8B-Instruct"},
+        memory=16.4,
+        dtype="bfloat16",
+        options={"iteration": 0.0},
+    ),
     "vqascore": Spec(
         name="vqascore",
         target="diffalign.reward_models.vqascore:VQAScore",

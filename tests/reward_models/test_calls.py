@@ -22,6 +22,7 @@ from tests.reward_models.test_pixels import photo, tensor_of
 DIFFERENTIABLE = [name for name, spec in reward_models.SPECS.items() if spec.differentiable]
 READING = {  # in every call, and why
     "hpsv3": "transformers' own code reads the grid of patches",
+    "hpsv3++": "as hpsv3",
     "vlm-judge": "as hpsv3",
     "shapes-reward": "the captioner reads how long the longest prompt is",
 }

@@ -19,7 +19,7 @@ DIFFERENTIABLE = [name for name, spec in reward_models.SPECS.items() if spec.dif
 PROMPTED = [name for name, spec in reward_models.SPECS.items() if spec.needs_prompt]
 SHAPES = ("shapes-clip", "shapes-preference", "shapes-reward", "shapes-watch")
 READS = {**dict.fromkeys(SHAPES, 32), "image-reward": 35}  # tokens; CLIP's 77 where nothing is said
-READS |= dict.fromkeys(("hpsv3", "vqascore", "vlm-judge"), 2048)
+READS |= dict.fromkeys(("hpsv3", "hpsv3++", "vqascore", "vlm-judge"), 2048)
 TEXT_APART = [*SHAPES[:2], "shapes-watch", "clip-l14", "clip-h14", "clip-bigg14", "pickscore", "hpsv2", "hpsv2.1", "mps"]
 
 

@@ -134,6 +134,35 @@ def write_hpsv3(folder: Path) -> None:
     save_file(tensors, folder / "model" / "HPSv3.safetensors", metadata={"format": "pt"})
 
 
+def write_hpsv3_plus(folder: Path) -> None:
+    """hpsv3++.pth in bfloat16 but for head and conditions, and the folder of the backbone without weights, in Qwen3-VL's layout."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from diffalign.reward_models.hpsv3 import read_instruction
+
+    tokenizer = write_qwen_tokenizer(folder / "backbone", [read_instruction()])
+    config = judge_config(tokenizer, "qwen3_vl")
+    config["vision_config"]["patch_size"] = 32  # larger than the real one, so that a tile of the real size has few patches
+    write_json(folder / "backbone" / "config.json", config)
+    size = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}, "patch_size": 32}
+    write_json(folder / "backbone" / "preprocessor_config.json", judge_preprocessor("qwen3_vl") | size)
+    rows = tokenizer.get_vocab_size() + 1
+    text = config["text_config"] | {"vocab_size": rows}
+    model = shake(lambda: Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(config | {"text_config": text})), 21)
+    tensors = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    parts = {"rm_head": shake(hpsv3_head, 22, 0.5)} | {name: shake(make, seed) for seed, (name, make) in enumerate(CONDITIONS.items(), 23)}
+    tensors |= {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+    (folder / "model").mkdir()
+    torch.save(tensors, folder / "model" / "hpsv3++.pth")
+
+
+CONDITIONS: dict[str, Callable[[], nn.Module]] = {
+    "cond_encoder": lambda: nn.Sequential(nn.Linear(2, 12), nn.GELU(), nn.Linear(12, 12)),
+    "film_gen": lambda: nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 64)),
+    "cap_encoder": lambda: nn.ModuleDict({"proj": nn.Linear(32, 12), "pool_attn": nn.Linear(12, 1), "out_proj": nn.Linear(12, 1)}),
+}
+
+
 # ---- CLIP-FlanT5 -----------------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +342,7 @@ def judge_preprocessor(family: str) -> dict:
 WRITERS: dict[str, Callable[[Path], None]] = {
     "image-reward": write_image_reward,
     "hpsv3": write_hpsv3,
+    "hpsv3++": write_hpsv3_plus,
     "vqascore": write_vqascore,
     "vlm-judge": write_judge,
     "image-sentiment": functools.partial(tiny_clips.write_open_clip, seed=1, quick_gelu=True),
