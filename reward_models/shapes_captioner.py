@@ -15,6 +15,7 @@ Places enter twice, as learnt vectors that start as sines and cosines and as a l
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,20 @@ from torch import Tensor, nn
 
 SIZE = 64  # pixels; the side of the images it reads
 CELLS = 8  # a side
+
+_TURNED = {"and": "and", "left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_JOINTS = "|".join(_TURNED)
+_THING = rf"(an? (?:(?! (?:{_JOINTS}) ).)+)"
+_TWO_THINGS = re.compile(rf"((?:an? (?:photo|picture|drawing) of )?){_THING} ({_JOINTS}) {_THING}")
+
+
+def other_way_round(prompt: str) -> str:
+    """A prompt of two things said from the other one: "a ring left of a star" is "a star right of a ring". Any other prompt as it is."""
+    match = _TWO_THINGS.fullmatch(prompt)
+    if match is None:
+        return prompt
+    carrier, first, joint, second = match.groups()
+    return f"{carrier}{second} {_TURNED[joint]} {first}"
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,18 @@ class Captioner(nn.Module):
             logits = logits.masked_fill(blocked[:, : logits.shape[1]], -torch.inf)
         chosen = logits.gather(2, ids[:, 1:, None]).squeeze(2) - logits.logsumexp(dim=2)
         return chosen.masked_fill(self.padding(ids), 0.0)
+
+    def proposition(self, memory: Float[Tensor, "m 64 d"], ids: Int[Tensor, "m 2 l"], with_end: bool = False) -> Float[Tensor, " m"]:
+        """log of the likelihood that a prompt is said, the one way round or the other, in nats; both are the same where there is one.
+
+        with_end: count the end token too, that is, that no more is said.
+        """
+        flat = ids.flatten(0, 1)
+        nats = self.log_likelihood(memory, flat, torch.arange(len(memory), device=ids.device).repeat_interleave(2))
+        if not with_end:
+            nats = nats.masked_fill(flat[:, 1 : nats.shape[1] + 1] == self.config.end, 0.0)
+        alike = (ids[:, 0] == ids[:, 1]).all(dim=1)
+        return nats.sum(dim=1).view(-1, 2).logsumexp(dim=1) - math.log(2) * alike
 
     def trimmed(self, ids: Int[Tensor, "b l"]) -> Int[Tensor, "b k"]:
         """The ids, cut after the end token of the longest caption. Raises ValueError where a caption is longer than the network reads."""

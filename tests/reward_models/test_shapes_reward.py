@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffalign import reward_models
-from diffalign.reward_models.shapes_captioner import Captioner, CaptionerConfig
+from diffalign.reward_models.shapes_captioner import Captioner, CaptionerConfig, other_way_round
 from diffalign.shapes.train import base as base_stage
 from diffalign.shapes.train import judged as made
 from diffalign.shapes.train import loop, rewards_captioner_tune, text
@@ -64,8 +64,8 @@ def test_a_caption_longer_than_the_network_reads_is_refused(captioner, tokenizer
 def test_the_reward_is_the_captioner_of_its_folder(captioner, tokenizer, tmp_path):
     first.save_reward(tmp_path, captioner.half().float(), tokenizer)
     reward = reward_models.load("shapes-reward", source=tmp_path)
-    images, texts = torch.rand(2, 3, 64, 64), ["a circle", "two red stars"]
-    ours = tune.reward_of(first.load_captioner(tmp_path), tokenizer)(images, texts)
+    images, texts = torch.rand(2, 3, 64, 64), ["a ring and a circle", "two red stars"]
+    ours = tune.final_reward(first.load_captioner(tmp_path), tokenizer)(images, texts)
     torch.testing.assert_close(reward(images, texts), ours.detach())
     assert (reward(images, texts) < 0).all()
 
@@ -273,3 +273,35 @@ def test_moved_images_keep_their_content_and_mirror_only_where_they_may():
     assert left[~symmetric].all()
     assert 0 < left[symmetric].sum() < 20
     assert torch.equal(tune.moved(images, symmetric & False, 0, torch.Generator()), images)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "other"),
+    [
+        ("a ring left of a star", "a star right of a ring"),
+        ("a photo of an orange circle above a red heart", "a photo of a red heart below an orange circle"),
+        ("a drawing of a square and a cross", "a drawing of a cross and a square"),
+        ("a picture of two red hearts", "a picture of two red hearts"),
+        ("a circle and a star and a ring", "a circle and a star and a ring"),
+        ("", ""),
+    ],
+)
+def test_two_things_can_be_named_from_either(prompt, other):
+    assert other_way_round(prompt) == other
+    assert other_way_round(other) == prompt
+
+
+def test_a_prompt_scores_the_same_whichever_thing_is_named_first(captioner, tokenizer, tmp_path):
+    first.save_reward(tmp_path, captioner, tokenizer)
+    reward = reward_models.load("shapes-reward", source=tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    scores = [reward(images, [said]) for said in ("a ring left of a star", "a star right of a ring")]
+    torch.testing.assert_close(*scores)
+    memory = reward.captioner.encode_image(images)
+    ids = ids_of(tokenizer, "a ring left of a star", "a star right of a ring")
+    each = [tune.said(reward.captioner.log_likelihood(memory, one[None]), one[None], tokenizer.eos_token_id).exp() for one in ids]
+    torch.testing.assert_close(scores[0].exp(), each[0] + each[1], rtol=1e-3, atol=0.0)
+    alone = ids_of(tokenizer, "a ring")
+    torch.testing.assert_close(
+        reward(images, ["a ring"]), tune.said(reward.captioner.log_likelihood(memory, alone), alone, tokenizer.eos_token_id)
+    )

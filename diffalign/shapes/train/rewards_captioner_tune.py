@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from diffalign.reward_models.shapes_captioner import CELLS, Captioner
+from diffalign.reward_models.shapes_captioner import CELLS, Captioner, other_way_round
 from diffalign.shapes.train import judged as made
 from diffalign.shapes.train import loop
 from diffalign.shapes.train import rewards_captions as captions
@@ -47,11 +47,11 @@ class TuneConfig:
     """How much is drawn, and what a step looks at."""
 
     turbo_prompts: int = 1600  # GROUP one-step images each, in the first round
-    fresh_prompts: tuple[int, ...] = (3000, 0)  # GROUP further one-step images each, added in the second and the third round
+    fresh_prompts: tuple[int, ...] = (3000, 0, 0)  # GROUP further one-step images each, added in each later round
     base_prompts: int = 192  # GROUP images of `shapes` each
     base_steps: int = 8  # DDIM steps of these
     base_guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 6.0)  # shared among a prompt's images
-    rounds: int = 3  # the first on plain images, each later one also on climbs
+    rounds: int = 4  # the first on plain images, each later one also on climbs
     first_steps: int = 400  # of the first round, which has fewer images; the later ones take the loop's own number
     shift: int = 5  # pixels; the later rounds see generated images moved by up to as much, and mirrored where no word speaks of sides
     climbed_prompts: int = 256  # GROUP stations each, for each later round
@@ -214,6 +214,20 @@ def reward_of(model: Captioner, tokenizer: CLIPTokenizer, bfloat16: bool = False
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             return scores(model, images.contiguous(memory_format=torch.channels_last), ids)
+
+    return reward
+
+
+def final_reward(model: Captioner, tokenizer: CLIPTokenizer) -> Callable[[Tensor, list[str]], Tensor]:
+    """images in [0, 1], prompts -> what the finished reward says: the likelihood of a prompt either way round (chosen on validation)."""
+    device = model.places.device
+
+    def reward(images: Float[Tensor, "n 3 h w"], texts: list[str]) -> Float[Tensor, " n"]:
+        both = [
+            tokenizer(said, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            for said in (texts, [other_way_round(text) for text in texts])
+        ]
+        return model.proposition(model.encode_image(images), torch.stack(both, dim=1).to(device))
 
     return reward
 

@@ -89,7 +89,7 @@ def write_reward_card(run: Path, weights: Path, device: str) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     tune, first = rewards_captioner_tune.TuneConfig(), rewards_captioner.CONFIG
     states = [run / "captioner.safetensors", *(run / f"reward_round{k}.safetensors" for k in range(tune.rounds))]
-    score = rewards_captioner_tune.reward_of(model, tokenizer)
+    score = rewards_captioner_tune.final_reward(model, tokenizer)
     card.write_card(
         folder,
         title="shapes-reward",
@@ -106,10 +106,10 @@ def write_reward_card(run: Path, weights: Path, device: str) -> None:
         },
         device=device,
         notes=[
-            "A captioner; score: log p(prompt | image) in nats, without the end token. Taught on drawn scenes, then on pairs of generated"
-            " images of one prompt with noisy votes, in rounds that add images found by climbing it.",
-            f"The simulated annotator is the judge with {rewards_captioner_tune.FLIPPED:.0%} of votes flipped, on prompts of training"
-            " combinations that are in neither validation nor test under any carrier.",
+            "A captioner; score: log p(prompt | image) in nats, said either way round, without the end token. Taught on drawn scenes, then"
+            " on pairs of generated images of one prompt with noisy votes, in rounds that add images found by climbing it.",
+            f"The simulated annotator (votes, captions, marked regions) is the judge with {rewards_captioner_tune.FLIPPED:.0%} of its"
+            " answers wrong, on prompts of training combinations that are in neither validation nor test under any carrier.",
             AUC_NOTE,
         ],
     )
