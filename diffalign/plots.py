@@ -196,6 +196,34 @@ def distributions(scores: Mapping[str, Sequence[float]], units: Mapping[str, str
     return _drawn(figure, FigureCanvasAgg)
 
 
+def audit_plot(audits: Mapping[str, Sequence[Any]]) -> Image.Image:
+    """How rewards answer to changes: a row for each change, a point with its interval for each reward, in standard deviations.
+
+    audits: reward -> rows of reward_models.audit, the same changes in the same order.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    changes = [f"{row.kind} {row.amount}" for row in next(iter(audits.values()))]
+    figure = Figure(figsize=(7.6, 1.0 + (0.22 + 0.1 * len(audits)) * len(changes)), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for i, (name, rows) in enumerate(audits.items()):
+        places = [k + (i + 0.5) / len(audits) * 0.7 - 0.35 for k in range(len(rows))]
+        errors = [[row.effect - row.low for row in rows], [row.high - row.effect for row in rows]]
+        color = LINE_COLORS[i % len(LINE_COLORS)]
+        axes.errorbar([row.effect for row in rows], places, xerr=errors, fmt="o", color=color, markersize=4, linewidth=1.2, label=name)
+    axes.axvline(0, color="#212529", linewidth=1)
+    axes.set_yticks(range(len(changes)), changes, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("effect, in standard deviations of the unchanged images' scores", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, axis="x")
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.08), ncol=4)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return _drawn(figure, FigureCanvasAgg)
+
+
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 

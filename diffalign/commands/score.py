@@ -60,6 +60,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--allow-failed", action="store_true", help="end well although some images could not be scored; they are listed")
     calibrate_help = "also write where each reward's scores lie, for --calibration of other commands; best on the base model's images"
     parser.add_argument("--calibrate", type=Path, metavar="FILE.json", help=calibrate_help)
+    audit_help = "also measure how each reward answers to brightness, JPEG, crops, paraphrase and the like: a table and a plot"
+    parser.add_argument("--audit", action="store_true", help=audit_help)
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     config.add_option(parser)
     parser.set_defaults(run=run)
@@ -108,6 +110,9 @@ def run(args: argparse.Namespace) -> int:
     score_report.write_results(out, rows, specs, {**facts(args, out), "settings": kept})
     print(score_report.table(rows, names))
     print(f"results.csv, results.json and distributions.png are in {out}")
+    if args.audit:
+        print(audit(args, out, rows, names, places))
+        print(f"audit.csv, audit.json and audit.png are in {out}")
     code = score_report.tell(rows, args.allow_failed)
     if args.calibrate:
         calibrate(args, rows, names)
@@ -228,6 +233,19 @@ def score(
         done = sum(len(work.scores) for work in works)
         raise Interrupted(f"interrupted: {done} of {total} scores are kept in {out}; the same command continues") from stop
     return works
+
+
+def audit(args: argparse.Namespace, out: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str], places: Mapping[str, Any]) -> str:
+    """The audit of every reward, written and as a table."""
+    import torch
+
+    from diffalign.commands.score_audit import write_audits
+    from diffalign.hub import load_reward
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = {name: places[name] for name in names if name in places}
+    mix = load_reward(dict.fromkeys(names, 1.0), sources=given, device=device, dtype=args.dtype)
+    return write_audits(out, {name: mix.members[name][0] for name in names}, rows, args.folder, device, args.batch_size)
 
 
 def one_reward(args: argparse.Namespace, out: Path, work: Any, places: Any, bar: Any) -> None:
