@@ -47,11 +47,11 @@ class TuneConfig:
     """How much is drawn, and what a step looks at."""
 
     turbo_prompts: int = 1600  # GROUP one-step images each, in the first round
-    fresh_prompts: tuple[int, ...] = (3000, 0, 0)  # GROUP further one-step images each, added in each later round
+    fresh_prompts: tuple[int, ...] = (3000, 0)  # GROUP further one-step images each, added in each later round
     base_prompts: int = 192  # GROUP images of `shapes` each
     base_steps: int = 8  # DDIM steps of these
     base_guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 6.0)  # shared among a prompt's images
-    rounds: int = 4  # the first on plain images, each later one also on climbs
+    rounds: int = 3  # the first on plain images, each later one also on climbs
     first_steps: int = 400  # of the first round, which has fewer images; the later ones take the loop's own number
     shift: int = 5  # pixels; the later rounds see generated images moved by up to as much, and mirrored where no word speaks of sides
     climbed_prompts: int = 256  # GROUP stations each, for each later round

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffalign.shapes import prompts
@@ -82,6 +83,19 @@ def on_held_out(score: Score, run: Path, weights: Path) -> dict[str, Any]:
     }
 
 
+def climb_figures(run: Path) -> dict[str, dict[str, float]]:
+    """Judge accuracy along the climbs of training prompts that each round began with: were they hacked, it would fall."""
+    figures = {}
+    for folder in sorted((run / "reward_images").glob("climbed*")):
+        right = torch.cat([load_file(part)["right"] for part in sorted(folder.glob("*.safetensors"))])
+        kept = rewards_captioner_tune.CLIMB.kept
+        along = right.view(-1, len(kept)).double().mean(dim=0).tolist()
+        figures[f"before round {folder.name.removeprefix('climbed')}"] = {
+            f"after {steps} steps": round(value, 4) for steps, value in zip(kept, along, strict=True)
+        }
+    return figures
+
+
 def write_reward_card(run: Path, weights: Path, device: str) -> None:
     """Measure the finished `shapes-reward` and write its card."""
     folder = weights / "shapes-reward"
@@ -90,13 +104,15 @@ def write_reward_card(run: Path, weights: Path, device: str) -> None:
     tune, first = rewards_captioner_tune.TuneConfig(), rewards_captioner.CONFIG
     states = [run / "captioner.safetensors", *(run / f"reward_round{k}.safetensors" for k in range(tune.rounds))]
     score = rewards_captioner_tune.final_reward(model, tokenizer)
+    figures = on_held_out(lambda images, texts: score(rewards_captioner_tune.as_pixels(images, device), texts), run, weights)
+    figures["judge accuracy of climbs, train prompts"] = climb_figures(run)
     card.write_card(
         folder,
         title="shapes-reward",
         command="python -m diffalign.shapes.train captioner shapes-reward judge-shapes-reward",
         config=first,
         seconds=sum(loop.progress(state)[1] for state in states if state.is_file()),
-        figures=on_held_out(lambda images, texts: score(rewards_captioner_tune.as_pixels(images, device), texts), run, weights),
+        figures=figures,
         data={
             "scenes": rewards_captioner.SCENES,
             "near copies": rewards_captioner.SCENES,
