@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,24 @@ def packaged_path(where: str) -> Path | None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError that names no file this one: a write to a full disk knows only its descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to; it takes the final name when the block ends well and vanishes when it does not."""
     temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")  # shards of one run write the same small files
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -47,10 +59,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
+        with naming(path):
+            yield temporary
+            if path.exists():
+                shutil.rmtree(path)
+            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -117,8 +130,12 @@ def read_lines(path: Path) -> list[Any]:
         raise ValueError(f"{path} has a line that is not valid JSON ({error}); delete it and run again") from error
 
 
+_MADE: list[Path] = []
+
+
 def require_writable(folder: Path) -> None:
     """Makes the folder and proves that a file can be written in it. Raises OSError otherwise."""
+    _MADE.extend(path for path in (folder, *folder.parents) if not path.exists())
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".partial-probe"
     try:
@@ -127,8 +144,23 @@ def require_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings in which two runs differ, as "name: old -> new", compared as the JSON they are stored as."""
+def remove_empty() -> None:
+    """Removes the folders that this process has made in `require_writable` and left empty, as a call does that was refused afterwards."""
+    for path in sorted(set(_MADE), key=lambda path: len(path.parts), reverse=True):
+        with suppress(OSError):  # not empty, or not there
+            path.rmdir()
+    _MADE.clear()
+
+
+def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any], within: Sequence[str] = ()) -> list[str]:
+    """The settings in which two runs differ, as "name: old -> new", compared as the JSON they are stored as.
+
+    within: names of mappings that are compared entry by entry, as in "preset steps: 1 -> 2".
+    """
     new = json.loads(json.dumps(new))
+    for name in within:
+        if isinstance(old.get(name), dict) and isinstance(new.get(name), dict):
+            old = {**old, **{f"{name} {key}": value for key, value in old[name].items()}, name: None}
+            new = {**new, **{f"{name} {key}": value for key, value in new[name].items()}, name: None}
     names = [*new, *(name for name in old if name not in new)]
     return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]

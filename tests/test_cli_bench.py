@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -122,10 +123,10 @@ def test_a_second_run_only_reports_and_a_longer_one_only_adds(finished, options,
 def test_a_lost_image_is_made_again_and_is_the_same(finished, options, tmp_path):
     out = copy(finished, tmp_path)
     lost = sorted(out.glob("reno/0*/samples/*.png"))[2]
-    before = np.asarray(Image.open(lost)).astype(int)
+    before = lost.read_bytes()
     lost.unlink()
     assert main([*options, "--method", "reno", "--limit", "6", "--out", str(out)]) == 0
-    assert np.abs(np.asarray(Image.open(lost)).astype(int) - before).max() <= 1
+    assert lost.read_bytes() == before  # made in the same batch
 
 
 def test_ctrl_c_keeps_what_is_finished(finished, options, tmp_path, capsys, monkeypatch):
@@ -155,6 +156,91 @@ def test_other_settings_are_refused(finished, options, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "seed: 0 -> 5" in err
     assert "--overwrite" in err
+
+
+def test_a_run_says_what_it_was_made_with(finished):
+    made = json.loads((finished / "reno" / "settings.json").read_text())
+    assert made["resolved"]["steps"] == 1
+    assert made["resolved"]["guidance_scale"] == 0
+    assert made["resolved"]["dtype"] == "float32"
+    assert {"class", "height", "width", "scheduler"} <= set(made["resolved"])
+    assert made["weights"].startswith("folder ")
+    assert {"diffalign", "torch", "diffusers", "transformers"} <= set(made["versions"])
+    (session,) = made["sessions"]
+    assert session["device"].startswith("cpu")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["made"]["reno"]["resolved"] == made["resolved"]
+    assert "- made with: 1 steps, guidance 0" in (finished / "table.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def of_a_preset(tmp_path_factory):
+    """A finished run of the preset shapes-turbo, and its command."""
+    out = tmp_path_factory.mktemp("preset") / "run"
+    command = ["bench", "shapes", "--method", "none", "--limit", "2", "--device", "cpu", "--out", str(out)]
+    assert main(command) == 0
+    return out, command
+
+
+def test_a_run_resumed_under_a_changed_preset_is_refused(of_a_preset, tmp_path, capsys, monkeypatch):
+    """Also where nothing is left to make: the report would speak of settings that the images were not made with."""
+    from diffalign.pipelines import presets
+
+    command = [*of_a_preset[1][:-1], str(copy(of_a_preset[0], tmp_path))]
+    changed = dataclasses.replace(presets.PRESETS["shapes-turbo"], steps=2, scheduler="DDIMScheduler", notes="other words")
+    monkeypatch.setattr(presets, "PRESETS", {**presets.PRESETS, "shapes-turbo": changed})
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "preset steps: 1 -> 2" in error
+    assert "preset scheduler: None -> 'DDIMScheduler'" in error
+    assert "notes" not in error
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_a_run_resumed_under_other_versions_is_refused_unless_allowed(of_a_preset, tmp_path, capsys, monkeypatch):
+    from diffalign.commands import evaluation
+
+    command = [*of_a_preset[1][:-1], str(copy(of_a_preset[0], tmp_path))]
+    now = evaluation.versions()
+    monkeypatch.setattr(evaluation, "versions", lambda: {**now, "diffusers": "99.0"})
+    command[command.index("--limit") + 1] = "4"
+    assert main(command) == 1
+    assert f"versions diffusers: '{now['diffusers']}' -> '99.0'" in capsys.readouterr().err
+    assert main([*command, "--allow-changed-versions"]) == 0
+    assert f"CHANGED VERSIONS: diffusers {now['diffusers']} and 99.0" in capsys.readouterr().out
+
+
+def test_a_call_that_cannot_load_leaves_what_was_there(of_a_preset, tmp_path, capsys, monkeypatch):
+    """--overwrite deletes when the models are there, not before."""
+    from diffalign.commands import evaluation
+
+    def fails(*arguments):
+        raise OSError("no such model")
+
+    out = copy(of_a_preset[0], tmp_path)
+    before = images(out, "none")
+    monkeypatch.setattr(evaluation, "load_parts", fails)
+    assert main([*of_a_preset[1][:-1], str(out), "--seed", "3", "--overwrite"]) == 1
+    assert images(out, "none").keys() == before.keys()
+
+
+def test_the_main_process_deletes_while_the_others_wait():
+    """The order of calls in two processes of a launcher."""
+    from diffalign.commands.judging import Share
+
+    calls = []
+    for main_process in (True, False):
+        share = Share(None, opens=main_process, wait=lambda: calls.append("wait"))
+        share.main_first(lambda opens: calls.append(f"act {opens}"))
+    assert calls == ["wait", "act True", "wait", "wait", "wait", "act False"]
+    calls.clear()
+
+    def fails(opens):
+        raise ValueError("made with other settings")
+
+    with pytest.raises(ValueError, match="other settings"):
+        Share(None, wait=lambda: calls.append("wait")).main_first(fails)
+    assert calls == ["wait", "wait"]  # the others are let go
 
 
 def test_more_evaluations_concern_the_searches_alone(finished, options, tmp_path, capsys):

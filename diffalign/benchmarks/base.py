@@ -117,24 +117,80 @@ def limited_to(tasks: Sequence[str], limit: int | None) -> str | None:
     return f"limited to {each} prompt{'s' if most > 1 else ''} {where} ({limit} of {len(tasks)})"
 
 
-def open_run(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-    """Starts a folder of images made with `settings`, or continues one. `overwrite` deletes a folder made with other settings.
+ENTRY_BY_ENTRY = ("preset", "versions", "resolved")
+ABSENT_BEFORE = ("preset", "weights", "versions", "resolved")
+"""What runs of before 2026-11-24 do not record; a run without it is continued, and records it from then on."""
 
-    Raises ValueError where the folder holds images made with other settings, or files that are not ours.
+
+def check_run(folder: Path, settings: Mapping[str, Any], overwrite: bool = False, other_versions: bool = False) -> bool:
+    """Whether `folder` holds images made with other settings, which `overwrite` allows to delete. Nothing is written.
+
+    other_versions: images made with other versions of libraries are no other settings. Raises ValueError where the folder holds images
+    made with other settings and they may not be deleted, or files that are not ours.
     """
     marker = folder / "settings.json"
-    if marker.is_file():
-        changed = differing_settings(read_json(marker), settings)
-        if not changed:
-            return
-        if not overwrite:
-            what = f"{folder} holds images made with other settings ({'; '.join(changed)})"
-            raise ValueError(f"{what}; choose another --out, or --overwrite to make them anew")
+    if not marker.is_file():
+        if folder.is_dir() and any(not path.name.startswith(".partial-") for path in folder.iterdir()):
+            raise ValueError(f"{folder} exists and was not made by this benchmark (it has no settings.json); choose another --out")
+        return False
+    changed = _changed(read_json(marker), settings, other_versions)
+    if changed and not overwrite:
+        what = f"{folder} holds images made with other settings ({'; '.join(changed)})"
+        advice = "choose another --out, or --overwrite to make them anew"
+        if all(change.startswith("versions ") for change in changed):
+            advice += ", or --allow-changed-versions to go on and say so in the report"
+        raise ValueError(f"{what}; {advice}")
+    return bool(changed)
+
+
+def open_run(folder: Path, settings: Mapping[str, Any], overwrite: bool = False, other_versions: bool = False) -> None:
+    """Starts a folder of images made with `settings`, or continues one. `overwrite` deletes a folder made with other settings.
+
+    Raises ValueError as `check_run` does.
+    """
+    marker = folder / "settings.json"
+    if check_run(folder, settings, overwrite, other_versions):
         shutil.rmtree(folder)
-    elif folder.is_dir() and any(not path.name.startswith(".partial-") for path in folder.iterdir()):
-        raise ValueError(f"{folder} exists and was not made by this benchmark (it has no settings.json); choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(marker, settings)
+    found = read_json(marker) if marker.is_file() else {}
+    missing = {name: value for name, value in settings.items() if found.get(name) is None}
+    if missing or not found:
+        write_json(marker, {**found, **missing})
+
+
+def record_session(folder: Path, session: Mapping[str, Any]) -> None:
+    """Adds where and when images are made to an open run, where it does not know that place yet."""
+    marker = folder / "settings.json"
+    found = read_json(marker)
+    sessions = found.get("sessions", [])
+    if all({**each, "date": None} != {**session, "date": None} for each in sessions):
+        write_json(marker, {**found, "sessions": [*sessions, session]})
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], other_versions: bool) -> list[str]:
+    known = {name for name in ABSENT_BEFORE if old.get(name) is None or new.get(name) is None} | {"sessions"}
+    known |= {"versions"} if other_versions else set()
+    pair = ({name: value for name, value in each.items() if name not in known} for each in (old, new))
+    return differing_settings(*pair, within=ENTRY_BY_ENTRY)
+
+
+def to_make(items: Sequence[Item], folder: Path, batch_size: int) -> list[list[Item]]:
+    """The batches with missing items, made up as in a run that was never stopped, since a batch's size moves the last digits of its images.
+
+    The traces of the images that are there say who was made together; a batch that lacks an image is made again as a whole. What no trace
+    speaks of is cut into new batches, in order.
+    """
+    known = {item.name: item for item in items}
+    together: dict[str, list[str]] = {}
+    for item in items:
+        if item.trace_path(folder).is_file():
+            members = read_json(item.trace_path(folder)).get("batch", [item.name])
+            together.update(dict.fromkeys(members, members))
+    missing = [item for item in items if not item.is_done(folder)]
+    again = {tuple(together[item.name]): None for item in missing if item.name in together}
+    fresh = [item for item in missing if item.name not in together]
+    batches = [[known[name] for name in members if name in known] for members in again]
+    return batches + [fresh[start : start + batch_size] for start in range(0, len(fresh), batch_size)]
 
 
 def generate_missing(
@@ -143,13 +199,15 @@ def generate_missing(
     generate: Callable[[Sequence[Item]], Sequence[Generated]],
     batch_size: int,
 ) -> int:
-    """Makes the items that `folder` lacks, `batch_size` at a time, saving each batch before the next. Returns how many it made."""
-    missing = [item for item in items if not item.is_done(folder)]
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
+    """Makes the items that `folder` lacks, in the batches of `to_make`, saving each batch before the next. Returns how many it saved."""
+    saved = 0
+    for batch in to_make(items, folder, batch_size):
+        names = {"batch": [item.name for item in batch]} if len(batch) > 1 else {}
         for item, generated in zip(batch, generate(batch), strict=True):
-            save(item, generated, folder)
-    return len(missing)
+            if not item.is_done(folder):
+                save(item, Generated(generated.image, {**generated.trace, **names}), folder)
+                saved += 1
+    return saved
 
 
 def save(item: Item, generated: Generated, folder: Path) -> None:
@@ -190,6 +248,26 @@ def read_image(path: Path) -> np.ndarray:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is not a whole image ({error}); delete it and run again") from error
+
+
+def require_prompts(items: Sequence[Item], folder: Path) -> None:
+    """Compares the prompts that lie beside images, NNNNN/metadata.jsonl, with the benchmark's own; a folder without is taken as it is.
+
+    Raises ValueError naming the first that differs: a folder that was filtered or numbered anew would be judged by the wrong prompts.
+    """
+    for item in items:
+        file = item.image_path(folder).parent.parent / "metadata.jsonl"
+        if item.path is not None or item.sample or not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{file} must be a JSON object with a "prompt" ({error}); copy it again or delete it') from error
+        if found != item.prompt:
+            raise ValueError(
+                f"{file} says {found!r}, and prompt {item.index} of this benchmark is {item.prompt!r}; the folder is of other prompts, or "
+                "was filtered or numbered anew: give its images the numbers of their prompts"
+            )
 
 
 def require_complete(items: Sequence[Item], folder: Path) -> None:

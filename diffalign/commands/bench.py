@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import compare, config, evaluation, judging, lora, options, panels
+from diffalign.commands import compare, config, evaluation, judging, lora, options, panels, resolved
 from diffalign.commands.generate import Interrupted
 from diffalign.commands.kinds import KINDS
 from diffalign.files import read_json, require_writable
@@ -65,13 +65,15 @@ def add_parser(subparsers: Any) -> None:
     out_help = "images, rows, summary.json and table.md (default: outputs/bench-BENCHMARK)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)
     parser.add_argument("--overwrite", action="store_true", help="delete images that were made with other settings")
+    versions_help = "continue a run that other versions of diffalign, torch, diffusers or transformers began; the report says so"
+    parser.add_argument("--allow-changed-versions", action="store_true", help=versions_help)
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="also draw images before and after with the judge's verdicts")
     grid_help = "prompts of each task in it, drawn by --seed (default: %(default)s)"
     parser.add_argument("--grid-per-task", type=options.count, default=GRID_PROMPTS_PER_TASK, metavar="N", help=grid_help)
     lora_help = "tuned LoRA weights to put on the pipeline: a .safetensors file or the folder with it"
     parser.add_argument("--lora", type=lora.path, metavar="PATH", help=lora_help)
     judging.add_options(parser)
-    options.add_model_options(parser)
+    options.add_model_options(parser, pipeline=None)
     config.add_option(parser)
     parser.set_defaults(run=run)
 
@@ -105,15 +107,19 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--grid must name a .png file; got {args.grid}")
         require_writable(args.grid.parent)
 
-    from diffalign.benchmarks.base import open_run
+    from diffalign.benchmarks.base import check_run
 
     benchmark = judging.build(args)
     kind.ready(args, benchmark)  # fails before hours of generation, not after
-    shard, finish = judging.share(args)
-    for name in methods:
-        open_run(args.out / name, {**run_settings(args, name, mix), **kind.settings(args, benchmark)}, args.overwrite)
-    if args.stage in ("all", "generate"):
-        complete(args, methods, mix, shard.of(benchmark.items()))
+    options.warn_of_unknown_words(args.pipeline, [item.prompt for item in benchmark.items()])
+    share = judging.share(args)
+    settings = {name: {**run_settings(args, name, mix), **kind.settings(args, benchmark)} for name in methods}
+    known = resolved.before_loading(args)
+    makes = args.stage in ("all", "generate")
+    may = (args.overwrite and makes, args.allow_changed_versions)
+    stale = [name for name in methods if check_run(args.out / name, {**settings[name], **known}, *may)]
+    if makes:
+        complete(args, settings, stale, mix, benchmark.items(), share)
     for name in methods:
         kind.export(benchmark, args.out / name)
     if args.stage == "generate":
@@ -121,27 +127,57 @@ def run(args: argparse.Namespace) -> int:
         return 0
     benchmark = judging.with_judge(args, benchmark)
     if args.stage != "report" and kind.judge:
-        judging.judge(args, benchmark, methods, shard)
-    if not finish():
-        print(f"shard {shard.index}/{shard.count} is done in {args.out}; the same command with --stage report, and no --shard, sums all up")
+        judging.judge(args, benchmark, methods, share.shard)
+    share.wait()
+    if not share.reports:
+        where = f"shard {share.shard.index}/{share.shard.count} is done in {args.out}"
+        print(f"{where}; the same command with --stage report, and no --shard, sums all up")
         return 0
     print(report(args, benchmark, methods, mix), end="")
     print(f"\nrows, summary.json and table.md are in {args.out}")
     return 0
 
 
-def complete(args: argparse.Namespace, methods: Sequence[str], mix: Mapping[str, float], items: Sequence[Any]) -> None:
-    """Makes the images that are not there yet. Raises Interrupted at Ctrl-C."""
-    missing = {name: [item for item in items if not item.is_done(args.out / name)] for name in methods}
-    total = len(items) * len(methods)
-    if any(missing.values()):
-        if sum(map(len, missing.values())) < total:
-            print(f"{total - sum(map(len, missing.values()))} of {total} images are already in {args.out}; continuing")
-        try:
-            generate(args, missing, mix)
-        except KeyboardInterrupt as stop:
-            done = sum(item.is_done(args.out / name) for name in methods for item in items)
-            raise Interrupted(f"interrupted: {done} of {total} images are finished in {args.out}; the same command continues") from stop
+def complete(
+    args: argparse.Namespace,
+    settings: Mapping[str, Mapping[str, Any]],
+    stale: Sequence[str],
+    mix: Mapping[str, float],
+    items: Sequence[Any],
+    share: judging.Share,
+) -> None:
+    """Makes the images that are not there yet. settings: method -> its own. stale: methods whose images are to be deleted first.
+
+    Folders are opened, and images deleted, when the models are there: a call that cannot make images leaves everything as it was.
+    Raises Interrupted at Ctrl-C.
+    """
+    from diffalign.benchmarks.base import open_run, record_session
+
+    items, total = share.shard.of(items), len(share.shard.of(items)) * len(settings)
+    missing = {name: [item for item in items if name in stale or not item.is_done(args.out / name)] for name in settings}
+    lacking = sum(map(len, missing.values()))
+    if 0 < lacking < total:
+        print(f"{total - lacking} of {total} images are already in {args.out}; continuing")
+    parts = None
+    try:
+        if lacking:
+            parts = evaluation.load_parts(args, mix)
+            if args.lora:
+                lora.load(parts[0], args.lora)
+        known = {**resolved.before_loading(args), **({"resolved": resolved.after_loading(parts[0], args)} if parts else {})}
+
+        def start(main: bool) -> None:
+            for name in settings:
+                open_run(args.out / name, {**settings[name], **known}, args.overwrite and main, args.allow_changed_versions)
+                if parts and missing[name]:
+                    record_session(args.out / name, {**resolved.session(parts[0].device), "versions": known["versions"]})
+
+        share.main_first(start)
+        if parts:
+            generate(args, *parts, {name: items for name, lacks in missing.items() if lacks})
+    except KeyboardInterrupt as stop:
+        done = sum(item.is_done(args.out / name) for name in settings for item in items)
+        raise Interrupted(f"interrupted: {done} of {total} images are finished in {args.out}; the same command continues") from stop
 
 
 def run_settings(args: argparse.Namespace, method: str, mix: Mapping[str, float]) -> dict[str, Any]:
@@ -165,26 +201,22 @@ def run_settings(args: argparse.Namespace, method: str, mix: Mapping[str, float]
     }
 
 
-def generate(args: argparse.Namespace, missing: Mapping[str, Sequence[Any]], mix: Mapping[str, float]) -> None:
-    """Makes the missing items of each method, "none" first: the others record how far their start is from its image."""
-    from diffalign.benchmarks.base import generate_missing
+def generate(args: argparse.Namespace, pipeline: Any, reward: Any, wanted: Mapping[str, Sequence[Any]]) -> None:
+    """Makes what is missing of each method's items, "none" first: the others record how far their start is from its image."""
+    from diffalign.benchmarks.base import generate_missing, to_make
     from diffalign.files import write_json
     from diffalign.methods import build_method
 
-    pipeline, reward = evaluation.load_parts(args, mix)
-    if args.lora:
-        lora.load(pipeline, args.lora)
     write_json(args.out / "machine.json", evaluation.machine(pipeline.device))
     if reward:
         write_json(args.out / "reward.json", reward.settings())
-    for name, items in missing.items():
-        if not items:
-            continue
+    size = options.batch_size(args, SHAPES_BATCH)
+    for name, items in wanted.items():
         method = None if name == "none" else build_method(name, reward, args.budget)
         budget = args.budget if method else 1
-        with tqdm(total=len(items) * budget, unit="evaluation", desc=name, disable=None) as bar, one_warning_of_cut_text():
-            make = maker(pipeline, reward, name, method, args, budget, bar)
-            generate_missing(items, args.out / name, make, options.batch_size(args, SHAPES_BATCH))
+        images = sum(map(len, to_make(items, args.out / name, size)))
+        with tqdm(total=images * budget, unit="evaluation", desc=name, disable=None) as bar, one_warning_of_cut_text():
+            generate_missing(items, args.out / name, maker(pipeline, reward, name, method, args, budget, bar), size)
 
 
 @contextmanager
@@ -260,11 +292,15 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
         judging.write_official(kind, benchmark, folder, judged[name].rows)
         judging.write_units(args, benchmark, folder, judged[name].rows, left_out)
     machine = read_json(args.out / "machine.json")
+    made = {name: read_json(args.out / name / "settings.json") for name in methods}
     config = {**run_settings(args, methods[-1], mix), "method": list(methods), "budget": args.budget}
     summary = {
         "benchmark": benchmark.name,
         **({"limited": limited} if (limited := benchmark.limited()) else {}),
         "config": {**config, "samples": args.samples, "limit": args.limit},
+        "made": {
+            name: {key: found.get(key) for key in ("resolved", "preset", "weights", "versions", "sessions")} for name, found in made.items()
+        },
         "command": shlex.join(["diffalign", *args.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **machine,
@@ -282,6 +318,7 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
         **judging.quoted(benchmark),
         **({"cut prompts": f"of {cut} of {len(judged['none'].traces)} images the model did not read the end of the prompt"} if cut else {}),
         "pipeline": f"{args.pipeline}, {split}seed {args.seed}, budget of {args.budget} evaluations per image",
+        **how_made(made),
         "device": summary["device"],
         "date": summary["date"],
         "command": f"`{summary['command']}`",
@@ -295,6 +332,23 @@ def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix
     if args.grid:
         draw_grid(args, items, judged, methods)
     return write_report(args.out, summary)
+
+
+def how_made(made: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The settings that images were made with, and what changed while they were made. made: method -> what its settings.json holds."""
+    facts = {}
+    if values := made["none"].get("resolved"):
+        facts["made with"] = resolved.in_words(values)
+    sessions = [session for found in made.values() for session in found.get("sessions", [])]
+    devices = list(dict.fromkeys(session["device"] for session in sessions))
+    if len(devices) > 1:
+        facts["SEVERAL DEVICES"] = "; ".join(devices)
+    versions = [{name: version for name, version in session["versions"].items() if version} for session in sessions]
+    changed = [name for name in versions[0] if len({str(each.get(name)) for each in versions}) > 1] if versions else []
+    if changed:
+        of_each = (f"{name} {' and '.join(dict.fromkeys(str(each.get(name)) for each in versions))}" for name in changed)
+        facts["CHANGED VERSIONS"] = "; ".join(of_each)
+    return facts
 
 
 def draw_grid(args: argparse.Namespace, items: Sequence[Any], judged: Mapping[str, Any], methods: Sequence[str]) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffalign.commands import options
 from diffalign.commands.generate import Interrupted
 from diffalign.commands.kinds import KINDS, Kind, owners
 from diffalign.files import read_json, require_writable
@@ -74,6 +76,13 @@ def resolve(args: argparse.Namespace) -> None:
     args.split = args.split or (kind.splits[0] if kind.splits else None)
     if args.split and args.split not in kind.splits:
         raise ValueError(f"--split of {name} must be one of {', '.join(kind.splits)}; got {args.split}")
+    if not args.pipeline and not args.images:
+        if name != "shapes":
+            what = f"{name} needs a pipeline that draws real images, and the default, {options.DEFAULT_PIPELINE}, draws shapes alone"
+            raise ValueError(
+                f"--pipeline is needed: {what}; give a preset, a local folder or a hub id, or --images DIR to judge what is there"
+            )
+        args.pipeline = options.DEFAULT_PIPELINE
     args.samples = args.samples or kind.samples
     args.out = args.out or Path(f"outputs/bench-{name}")
     if kind.home and not args.prompts:
@@ -105,27 +114,47 @@ def _device(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def share(args: argparse.Namespace) -> tuple[Any, Callable[[], bool]]:
-    """This process's part of the images, and what to call when it is done, which says whether this process is to report.
+@dataclass(frozen=True)
+class Share:
+    """One process's part of a run, and its part in what is common to all."""
 
-    The part is --shard, or under `accelerate launch` (torchrun, ...) the process's own, each on its own device; else everything.
-    """
+    shard: Any
+    reports: bool = True
+    """Whether this process sums up."""
+    opens: bool = True
+    """Whether it starts and deletes folders; of the processes of one launcher the main one alone."""
+    wait: Callable[[], None] = lambda: None
+    """Returns when all processes of the launcher have called it."""
+
+    def main_first(self, act: Callable[[bool], None]) -> None:
+        """Calls act(True) in the process that opens folders while the others wait, then act(False) in those.
+
+        Where the first one fails the others go on and find the reason themselves, rather than wait for ever.
+        """
+        self.wait()  # all have looked at what there is before anything is deleted
+        try:
+            if self.opens:
+                act(True)
+        finally:
+            self.wait()
+        if not self.opens:
+            act(False)
+
+
+def share(args: argparse.Namespace) -> Share:
+    """--shard, or under `accelerate launch` (torchrun, ...) the process's own part, each on its own device; else everything."""
     from diffalign.benchmarks.scoring import WHOLE, Shard
 
     if args.shard:
-        return args.shard, lambda: args.shard.count == 1
+        return Share(args.shard, reports=args.shard.count == 1)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return WHOLE, lambda: True
+        return Share(WHOLE)
     from accelerate import PartialState
 
     state = PartialState(cpu=args.device == "cpu")
     args.device = args.device or str(state.device)
-
-    def finish() -> bool:
-        state.wait_for_everyone()
-        return state.is_main_process
-
-    return Shard(state.process_index, state.num_processes), finish
+    own = Shard(state.process_index, state.num_processes)
+    return Share(own, state.is_main_process, state.is_main_process, state.wait_for_everyone)
 
 
 def judge(args: argparse.Namespace, benchmark: Any, methods: Sequence[str | Path], shard: Any) -> None:
@@ -189,20 +218,23 @@ def quoted(benchmark: Any) -> dict[str, Any]:
 
 def run_images(args: argparse.Namespace) -> int:
     """Judges --images where they lie: scores/, results.jsonl and the official files go into that folder, the report to --out."""
+    from diffalign.benchmarks.base import require_prompts
     from diffalign.benchmarks.report import Judged, write_report, write_rows
 
     require_writable(args.out)
-    shard, finish = share(args)
+    part = share(args)
     kind, benchmark = KINDS[args.benchmark], build(args)
     kind.ready(args, benchmark)
     kind.bring(args, benchmark)
     folder = args.images
+    require_prompts(benchmark.items(), folder)
     require_writable(folder)
     benchmark = with_judge(args, benchmark)
     if args.stage != "report":
-        judge(args, benchmark, [folder], shard)
-    if not finish():
-        print(f"shard {shard.index}/{shard.count} is judged; the same command with --stage report, and no --shard, sums all up")
+        judge(args, benchmark, [folder], part.shard)
+    part.wait()
+    if not part.reports:
+        print(f"shard {part.shard.index}/{part.shard.count} is judged; the same command with --stage report, and no --shard, sums all up")
         return 0
     rows, left_out = rows_in_common(args, benchmark, [folder])
     write_rows(folder / "results.jsonl", rows[folder])

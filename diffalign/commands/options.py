@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,11 @@ def methods_help() -> str:
     return "\n".join(["methods:", f"  {'none':<12} no search: the image that the seed gives", *lines])
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--pipeline, --reward, --watch and what concerns the machine."""
-    pipeline_help = "a preset, a local folder, or a hub id (default: %(default)s)"
-    parser.add_argument("--pipeline", type=pipeline_name, default=DEFAULT_PIPELINE, metavar="NAME", help=pipeline_help)
+def add_model_options(parser: argparse.ArgumentParser, pipeline: str | None = DEFAULT_PIPELINE) -> None:
+    """--pipeline, --reward, --watch and what concerns the machine. pipeline: the default; None: it depends on what is asked for."""
+    default = pipeline or f"{DEFAULT_PIPELINE} for shapes, needed otherwise"
+    pipeline_help = f"a preset, a local folder, or a hub id (default: {default})"
+    parser.add_argument("--pipeline", type=pipeline_name, default=pipeline, metavar="NAME", help=pipeline_help)
     default = " ".join(f"{name}={weight}" for name, weight in DEFAULT_REWARD.items())
     parser.add_argument(
         "--reward",
@@ -201,7 +203,16 @@ def check_rule(args: argparse.Namespace) -> None:
         raise ValueError(f"--calibration {args.calibration} does not exist; `diffalign calibrate` makes one")
 
 
-def is_shapes(pipeline: str) -> bool:
+def warn_of_unknown_words(pipeline: str | None, prompts: Sequence[str]) -> None:
+    """Says on stderr, before anything runs, where the embedded models are given words that they have never read."""
+    from diffalign.shapes.words import warning
+
+    text = warning(prompts) if is_shapes(pipeline) else None
+    if text:
+        print(f"warning: {text}", file=sys.stderr)  # noqa: T201
+
+
+def is_shapes(pipeline: str | None) -> bool:
     return pipeline in ("shapes", "shapes-turbo")
 
 

@@ -233,6 +233,64 @@ def test_images_of_another_program_are_judged_where_they_lie(capsys, tiny_folder
     assert not (tmp_path / "report" / "none").exists()
 
 
+def test_images_of_other_prompts_are_refused(capsys, tmp_path, models):
+    """A folder that was numbered anew, as after filtering, says so in its metadata.jsonl; it would be judged by others' prompts."""
+    from PIL import Image
+
+    from diffalign.benchmarks.geneval import GenEvalBenchmark
+
+    items = GenEvalBenchmark(limit=6, samples=1).items()
+    for item in items:
+        path = tmp_path / "theirs" / item.name
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(path)
+        (path.parent.parent / "metadata.jsonl").write_text(json.dumps(item.metadata) + "\n")
+    judge = [*geneval(models)[:4], "--limit", "6", "--samples", "1", "--device", "cpu", "--images", tmp_path / "theirs"]
+    command = ["bench", "geneval", *map(str, judge), "--out", str(tmp_path / "report")]
+    assert main(command) == 0
+    (tmp_path / "theirs" / f"{items[2].index:05d}" / "metadata.jsonl").write_text(json.dumps({"prompt": "a photo of a hat"}))
+    (tmp_path / "theirs" / f"{items[4].index:05d}" / "metadata.jsonl").write_text(json.dumps({"prompt": "a photo of a shoe"}))
+    capsys.readouterr()
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "a photo of a hat" in error
+    assert f"prompt {items[2].index} " in error
+    assert items[2].prompt in error
+
+
+@pytest.mark.parametrize("name", ["geneval", "t2i-compbench", "parti"])
+def test_real_prompts_are_not_drawn_by_the_shapes_model_by_default(capsys, tmp_path, name):
+    assert main(["bench", name, "--out", str(tmp_path / "run")]) == 1
+    assert "--pipeline is needed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_delete_once(capsys, tiny_folder, tmp_path, clone):
+    """--overwrite: the main process deletes and the others wait; a late one would delete what the first has made."""
+    more = ["--prompts", clone, "--category", "spatial", "--samples", "2", "--method", "none", "--stage", "generate"]
+    assert bench(capsys, "t2i-compbench", tiny_folder, tmp_path / "run", *more, "--seed", "7")[0] == 0
+    fixed = [
+        "--pipeline",
+        tiny_folder,
+        "--steps",
+        "1",
+        "--guidance-scale",
+        "0",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "run",
+        "--overwrite",
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "diffalign.cli"]
+    command = [*launcher, "bench", "t2i-compbench", *fixed, *more]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "none" / "settings.json").read_text())["seed"] == 0
+    assert len(list((tmp_path / "run" / "none").rglob("*.png"))) == 2 * len(PROMPTS["spatial"])
+
+
 @pytest.mark.slow
 def test_processes_of_a_launcher_share_the_work_and_the_first_reports(capsys, tiny_folder, tmp_path, clone):
     """Two processes under torch's launcher, as `accelerate launch` starts them; the images and scores of one run."""

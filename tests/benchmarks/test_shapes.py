@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.benchmarks.base import Generated, generate_missing, item_seed, open_run
+from diffalign.benchmarks.base import Generated, check_run, generate_missing, item_seed, open_run, record_session
 from diffalign.benchmarks.geneval_rules import TASKS
 from diffalign.benchmarks.shapes import ShapesBenchmark
 from diffalign.shapes.scenes import SHAPES, SIZE, Scene, Thing, render
@@ -110,6 +110,90 @@ def test_rows_have_genevals_keys_and_nested_json(benchmark, tmp_path):
     assert len(boxes[0]) == 5
     assert boxes[0][4] > 0.7
     assert json.loads((tmp_path / f"{benchmark.items()[0].index:05d}" / "metadata.jsonl").read_text()) == json.loads(row["metadata"])
+
+
+def test_a_batch_that_lacks_an_image_is_made_again_as_a_whole(benchmark, tmp_path):
+    """A batch's size moves the last digits of its images, so the one that is lost is made beside the same ones as before."""
+    items, batches = benchmark.items()[:10], []
+
+    def generate(batch):
+        batches.append([item.name for item in batch])
+        return [Generated(Image.new("RGB", (8, 8), (len(batch), 0, 0)), {"seconds": 0.1, "best": 0, "rewards": {}}) for _ in batch]
+
+    generate_missing(items, tmp_path, generate, batch_size=4)
+    first = list(batches)
+    assert [len(batch) for batch in first] == [4, 4, 2]
+    bytes_before = {item.name: item.image_path(tmp_path).read_bytes() for item in items}
+    kept = items[4].image_path(tmp_path).stat().st_mtime_ns
+    items[5].image_path(tmp_path).unlink()
+    items[5].trace_path(tmp_path).unlink()
+    items[9].image_path(tmp_path).unlink()
+    batches.clear()
+    assert generate_missing(items, tmp_path, generate, batch_size=3) == 2
+    assert batches == first[1:]
+    assert {item.name: item.image_path(tmp_path).read_bytes() for item in items} == bytes_before
+    assert items[4].image_path(tmp_path).stat().st_mtime_ns == kept
+    batches.clear()  # a longer run does not make its neighbours anew
+    generate_missing(benchmark.items()[:12], tmp_path, generate, batch_size=4)
+    assert batches == [[item.name for item in benchmark.items()[10:12]]]
+
+
+def test_a_run_stopped_within_a_batch_goes_on_with_the_same_batches(benchmark, tmp_path):
+    items = benchmark.items()[:10]
+    sizes = []
+
+    def generate(batch):
+        sizes.append(len(batch))
+        return draw(obey)(batch)
+
+    generate_missing(items, tmp_path, generate, batch_size=4)
+    for item in (*items[6:8], *items[8:]):  # killed while the second of three batches was being written
+        item.image_path(tmp_path).unlink()
+        item.trace_path(tmp_path).unlink()
+    sizes.clear()
+    assert generate_missing(items, tmp_path, generate, batch_size=4) == 4
+    assert sizes == [4, 2]
+
+
+SAME = {"pipeline": "p", "preset": {"steps": 1, "scheduler": None}, "weights": "folder a", "versions": {"torch": "2.0", "diffusers": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"preset": {"steps": 2, "scheduler": None}}, "preset steps: 1 -> 2"),
+        ({"preset": {"steps": 1, "scheduler": "DDIMScheduler"}}, "preset scheduler: None -> 'DDIMScheduler'"),
+        ({"weights": "folder b"}, "weights: 'folder a' -> 'folder b'"),
+        ({"versions": {"torch": "2.1", "diffusers": "1"}}, "versions torch: '2.0' -> '2.1'.*--allow-changed-versions"),
+        ({"resolved": {"height": 64}}, "resolved height: 512 -> 64"),
+    ],
+)
+def test_a_run_under_other_resolved_settings_is_refused_with_the_difference_named(tmp_path, change, named):
+    made = {**SAME, "resolved": {"height": 512}}
+    open_run(tmp_path / "run", made)
+    with pytest.raises(ValueError, match=named):
+        open_run(tmp_path / "run", {**made, **change})
+    open_run(tmp_path / "run", made)
+
+
+def test_changed_versions_may_be_allowed_and_places_are_listed_once(tmp_path):
+    folder = tmp_path / "run"
+    open_run(folder, SAME)
+    open_run(folder, {**SAME, "versions": {"torch": "3.0", "diffusers": "1"}}, other_versions=True)
+    for session in ({"device": "cpu", "date": "1"}, {"device": "cpu", "date": "2"}, {"device": "cuda", "date": "3"}):
+        record_session(folder, session)
+    found = json.loads((folder / "settings.json").read_text())
+    assert found["versions"]["torch"] == "2.0"  # those that it was begun with
+    assert [session["date"] for session in found["sessions"]] == ["1", "3"]
+    open_run(folder, SAME)  # sessions are no settings
+
+
+def test_a_run_of_before_records_what_it_did_not(tmp_path):
+    open_run(tmp_path / "run", {"pipeline": "p"})
+    open_run(tmp_path / "run", SAME)
+    assert json.loads((tmp_path / "run" / "settings.json").read_text()) == SAME
+    assert not check_run(tmp_path / "nowhere", SAME)
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_only_missing_items_are_made_again(benchmark, tmp_path):
