@@ -104,16 +104,16 @@ def in_one_batch(batch: PairBatch, backbone: Backbone, generator: torch.Generato
     return Samples(clean, joined(winners, losers), timesteps.repeat(2).to(clean.device), signal.repeat(2), noise.repeat(2))
 
 
-def joined(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Both, one after the other, without their unconditional branches. ValueError where they do not fit into one batch."""
-    one, other = first.conditional(), second.conditional()
+def joined(first: Conditioning, second: Conditioning, unconditional: bool = False) -> Conditioning:
+    """Both, one after the other; the unconditional branches too where asked for and both have one. ValueError where they do not fit."""
+    both = unconditional and first.has_unconditional and second.has_unconditional
+    one, other = ((each.tensors if both else each.conditional()) for each in (first, second))
     if (first.size, first.embedded_scale) != (second.size, second.embedded_scale):
         raise ValueError("losers_conditioning has another size or embedded_scale than conditioning; encode both alike")
     if {name: tensor.shape[1:] for name, tensor in one.items()} != {name: tensor.shape[1:] for name, tensor in other.items()}:
         raise ValueError("losers_conditioning has tensors of other shapes than conditioning; encode both captions to one length")
-    return Conditioning(
-        first.prompts + second.prompts, {name: torch.cat([one[name], other[name]]) for name in one}, first.size, first.embedded_scale
-    )
+    tensors = {name: torch.cat([one[name], other[name]]) for name in one}
+    return Conditioning(first.prompts + second.prompts, tensors, first.size, first.embedded_scale)
 
 
 def without_prompt(conditioning: Conditioning, dropped: Bool[Tensor, " b"]) -> Conditioning:
