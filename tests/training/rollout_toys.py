@@ -80,9 +80,9 @@ def train(objective, policy: Network, updates: int = 25, lr: float = 0.02, texts
     return policy.backbone.gain.item() - before
 
 
-def by_luck(objective, rewards: str, per_batch: int = 1, runs: int = 4) -> float:
-    """The same with scores drawn by lot, mean over runs: each wanders, their mean does not."""
-    return sum(train(replace(objective, **{rewards: luck(seed)}), toy(), per_batch=per_batch) for seed in range(runs)) / runs
+def by_luck(objective, rewards: str, runs: int = 6) -> float:
+    """The same with scores drawn by lot, in half the steps, mean over runs: each wanders by about 0.08, their mean does not."""
+    return sum(train(replace(objective, **{rewards: luck(seed)}), toy(), updates=12) for seed in range(runs)) / runs
 
 
 REAL = ("sd15", "sd21", "sd3-medium")  # epsilon, v and flow
