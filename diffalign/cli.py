@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from diffalign import __version__
 from diffalign.commands import bench, calibrate, config, generate, options, rewards, score, train
+from diffalign.files import remove_empty
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +92,7 @@ def _sentence(error: BaseException) -> str:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    remove_empty()
     print(f"diffalign: {message}", file=sys.stderr)
     return code
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import diffalign
-from diffalign import reward_models
+from diffalign import files, reward_models
 from diffalign.files import HUB_ID, packaged_path, read_json
 from tests.places import ROOT
 
@@ -64,3 +65,23 @@ def test_options_are_read_by_name():
         assert isinstance(spec.options, Mapping)
         assert all(isinstance(key, str) for key in spec.options)
     assert reward_models.SPECS["hpsv2.1"].options["file"] == "HPS_v2.1_compressed.pt"
+
+
+@pytest.mark.parametrize("whole", [files.whole_file, files.whole_folder])
+def test_a_full_disk_names_the_path(tmp_path, whole):
+    """A write to a descriptor fails without the name of a file."""
+    with pytest.raises(OSError, match="No space left") as caught, whole(tmp_path / "wanted"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "wanted")
+    with pytest.raises(FileNotFoundError) as caught, whole(tmp_path / "wanted"):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "another")
+    assert caught.value.filename == "another"
+
+
+def test_folders_that_stayed_empty_are_removed_and_others_are_not(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "a/b/c", "used/d"):
+        files.require_writable(tmp_path / name)
+    (tmp_path / "used" / "image.png").write_bytes(b"")
+    files.remove_empty()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["image.png", "mine", "used"]

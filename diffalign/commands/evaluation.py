@@ -1,9 +1,12 @@
 """What commands that make images share once the arguments are read: loading, scoring, and what a record says of the machine."""
 
+# ruff: noqa: T201  (a command speaks to its user)
+
 from __future__ import annotations
 
 import math
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,12 @@ DEFAULT_REWARD = {"shapes-clip": 0.2, "shapes-preference": 1.0}
 
 
 def load_parts(args: argparse.Namespace, mix: Mapping[str, float]) -> tuple[Any, Any]:
-    """The pipeline, silent, and the reward on its device (None for an empty mix). This is where the heavy imports happen."""
+    """The pipeline, silent, and the reward on its device (None for an empty mix). This is where the heavy imports happen.
+
+    Says at once on stderr what it loads, since that takes seconds, or minutes where it has to be downloaded.
+    """
+    parts = [f"the pipeline {args.pipeline}", *(f"reward {name}" for name in (*mix, *(args.watch or ()) * bool(mix)))]
+    print(f"loading {', '.join(parts)} ...", file=sys.stderr, flush=True)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

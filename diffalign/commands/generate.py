@@ -1,7 +1,8 @@
 """`diffalign generate`: prompts to images before and after a search, one folder per prompt, resumable.
 
 A prompt's folder appears whole or not at all, with trace.json in it; a later run with the same settings skips it. Every prompt is
-generated with the same --seed, so an image depends on its prompt and settings alone, never on its place in the list or its batch.
+generated with the same --seed, so an image depends on its prompt and settings alone, up to the rounding that differs with a batch's size;
+`--batch-size 1` is exact. docs/generate.md says how exact a resumed run is.
 """
 
 # ruff: noqa: T201  (a command speaks to its user)
@@ -14,14 +15,14 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from diffalign.commands import evaluation, guidance, options, panels
+from diffalign.commands import evaluation, guidance, options, panels, resolved
 from diffalign.files import differing_settings, read_json, require_writable, whole_folder, write_json
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 SLUG_LENGTH = 40
 DEFAULT_OUT = Path("outputs/generate")
 SHAPES_BATCH = 16
+RESOLVED = ("preset", "weights")  # versions stand in the trace; each prompt is a record of its own, so they may differ
 
 
 class Interrupted(KeyboardInterrupt):
@@ -81,6 +83,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generates what is missing. Raises ValueError or OSError with the sentence to show, Interrupted at Ctrl-C."""
     prompts = collect_prompts(args.prompts, args.prompts_file)
+    options.warn_of_unknown_words(args.pipeline, prompts)
     # Without a search there is nothing to optimise, so rewards are loaded (seconds) only where they were asked for.
     mix = {} if args.method == "none" and not args.reward and not args.watch else options.reward_mix(args)
     options.require_gradient([args.method], mix)
@@ -91,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(jobs) - len(pending)} of {len(jobs)} prompts are already finished in {args.out} with these settings; skipped")
     try:
         if pending:
-            make(pending, args, mix)
+            make(jobs, {job.folder for job in pending}, args, mix)
     except KeyboardInterrupt as stop:
         done = sum(job.is_done() for job in jobs)
         raise Interrupted(f"interrupted: {done} of {len(jobs)} prompts are finished in {args.out}; the same command continues") from stop
@@ -107,11 +110,17 @@ def collect_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     prompts = [*given, *(read_prompts(file) if file else ())]
     if not prompts:
         raise ValueError("there is no prompt; give one in quotes, or --prompts-file FILE with one a line")
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds bytes that it cannot decode
+            raise ValueError(f"a prompt must be text, and {prompt[:100]!r} holds bytes or marks that are none; write it in UTF-8")
     return prompts
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; in a .jsonl file, each line's "prompt". Blank lines are skipped, and counted on stderr."""
+    """One prompt a line; in a .jsonl file, each line's "prompt". Blank lines and # comments are skipped, and counted on stderr.
+
+    A prompt that begins with # has to stand in a .jsonl file.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
@@ -119,10 +128,14 @@ def read_prompts(file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts-file {file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    blank = len(lines) - len(numbered)
+    comments = [number for number, line in numbered if line.startswith("#")]
+    numbered = [(number, line) for number, line in numbered if number not in set(comments)]
     if not numbered:
         raise ValueError(f"--prompts-file {file} holds no prompt; write one a line")
-    if len(numbered) < len(lines):
-        print(f"note: {len(lines) - len(numbered)} blank lines of {file} skipped", file=sys.stderr)
+    skipped = [f"{count} {kind} lines" for count, kind in ((blank, "blank"), (len(comments), "comment")) if count]
+    if skipped:
+        print(f"note: {' and '.join(skipped)} of {file} skipped", file=sys.stderr)
     if file.suffix != ".jsonl":
         return [line for _, line in numbered]
     prompts = []
@@ -158,6 +171,7 @@ def plan(prompts: Sequence[str], args: argparse.Namespace, mix: dict[str, float]
         "guidance": guidance.settings(args),
         "dtype": args.dtype,
         **options.rule_settings(args),
+        **{name: fact for name, fact in resolved.before_loading(args).items() if name in RESOLVED},
     }
     return [Job(prompt, args.out / f"{i:05d}-{slug(prompt)}", {"prompt": prompt, **shared}) for i, prompt in enumerate(prompts)]
 
@@ -170,15 +184,22 @@ def must_make(job: Job, overwrite: bool) -> bool:
             raise ValueError(f"{what}; choose another --out, or --overwrite to replace it")
         return True
     found = read_json(job.folder / "trace.json")
-    changed = differing_settings(found.get("settings", {}) if isinstance(found, dict) else {}, job.settings)
+    made = found.get("settings", {}) if isinstance(found, dict) else {}
+    unknown = {name for name in RESOLVED if made.get(name) is None or job.settings.get(name) is None}  # of before 2026-11-24, or of a hub
+    sides = ({name: value for name, value in side.items() if name not in unknown} for side in (made, job.settings))
+    changed = differing_settings(*sides, within=("preset",))
     if changed and not overwrite:
         what = "; ".join(change if len(change) < 120 else change[:117] + "..." for change in changed)
         raise ValueError(f"{job.folder} was made with other settings ({what}); choose another --out, or --overwrite to make it anew")
     return bool(changed)
 
 
-def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -> None:
-    """Generates the jobs in batches and saves each batch before the next."""
+def make(jobs: Sequence[Job], pending: Collection[Path], args: argparse.Namespace, mix: dict[str, float]) -> None:
+    """Makes the jobs whose folders are pending, and saves each batch before the next.
+
+    A batch is cut by the places in the list, whatever is there already: its size moves the last digits of its images, so a run that was
+    stopped makes the whole of a batch again to add what it lacks, and has what an uninterrupted one has.
+    """
     from diffalign.methods import build_method
 
     pipeline, reward = evaluation.load_parts(args, mix)
@@ -186,9 +207,12 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
     steps = guidance.build(args)
     size = options.batch_size(args, SHAPES_BATCH)
     facts = evaluation.machine(pipeline.device)
-    with tqdm(total=len(jobs) * (args.budget if method else 1), unit="evaluation", disable=None) as bar:
-        for start in range(0, len(jobs), size):
-            batch = jobs[start : start + size]
+    facts["resolved"] = resolved.after_loading(pipeline, args)
+    batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    batches = [batch for batch in batches if any(job.folder in pending for job in batch)]
+    budget, made = args.budget if method else 1, 0
+    with tqdm(total=sum(map(len, batches)) * budget, unit="evaluation", disable=None) as bar:
+        for batch in batches:
             began = time.perf_counter()
 
             def progress(event: Evaluation) -> None:
@@ -207,6 +231,8 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
                 scores = evaluation.score(reward, output.images, [job.prompt for job in batch], pipeline.device)
             seconds = (time.perf_counter() - began) / len(batch)
             for i, job in enumerate(batch):
+                if job.folder not in pending:
+                    continue
                 trace = output.trace.sample(i) if method else {"method": "none", "best": 0, "rewards": scores[i] if scores else {}}
                 record = {
                     "prompt": job.prompt,
@@ -224,12 +250,13 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, mix: dict[str, float]) -
                 record |= panels.of_sample(args, mix, record)
                 save(job, record, output, i)
                 tqdm.write(summary_line(job, record))
-            bar.update((start + len(batch)) * (bar.total // len(jobs)) - bar.n)  # samples that stopped early count as done
+            made += len(batch)
+            bar.update(made * budget - bar.n)  # samples that stopped early count as done
 
 
 def save(job: Job, record: dict[str, Any], output: Any, i: int) -> None:
     """Writes the job's folder. Without a search there is no image after, no noise and no plot."""
-    from safetensors.torch import save_file
+    import safetensors.torch
 
     from diffalign.plots import rewards_plot, strip
 
@@ -245,7 +272,8 @@ def save(job: Job, record: dict[str, Any], output: Any, i: int) -> None:
             strip(before, after, labels).save(folder / "strip.png")
             rewards_plot(record).save(folder / "rewards.png")
             if output.noise is not None:
-                save_file({"noise": output.noise[i].contiguous()}, folder / "noise.safetensors")
+                data = safetensors.torch.save({"noise": output.noise[i : i + 1].contiguous()})  # "1 ...", as latents= takes it
+                (folder / "noise.safetensors").write_bytes(data)  # its own writer hides why a write failed
             if output.distribution is not None:
                 output.distribution.rows([i]).save(folder / "distribution.safetensors")
         write_json(folder / "trace.json", record)
