@@ -194,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 figure = chosen.published.get((published_as, label or method))
                 name = f"{Path(model).name} {label or method}"
                 lines += rows_of(name, found, figure, chosen.columns)
-                results.append({"model": model, "method": label or method, "ours": found, "published": vars(figure) if figure else None})
+                limited = read_json(out / "summary.json").get("limited")
+                made = {"ours": found, **({"limited": limited} if limited else {})}
+                results.append({"model": model, "method": label or method, **made, "published": vars(figure) if figure else None})
     if results:
         report(args.out / args.table, args.table, chosen, lines, results, argv)
     return 0
@@ -256,7 +258,9 @@ def report(folder: Path, name: str, chosen: Table, lines: Sequence[Sequence[str]
         f"date: {date}",
         f"command: `{command}`",
     ]
-    text = f"## {name}\n\n{table(['', *chosen.columns, 'source'], lines)}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+    limits = list(dict.fromkeys(result["limited"] for result in results if "limited" in result))
+    title = ", ours ".join([name, *limits])
+    text = f"## {title}\n\n{table(['', *chosen.columns, 'source'], lines)}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
     write_json(folder / "table.json", {"table": name, "command": command, "date": date, "rows": json.loads(json.dumps(results))})
     write_text(folder / "table.md", text)
     write_text(folder / "table.html", report_page(text, name))

@@ -12,7 +12,7 @@ from PIL import Image
 from diffalign.benchmarks.geneval_rules import TASKS
 from diffalign.cli import main
 
-FILES = {"settings.json", "results.jsonl", "units.jsonl", "protocol.json"}
+FILES = {"settings.json", "results.jsonl", "units.jsonl", "protocol.json", "LIMITED.txt"}
 
 
 @pytest.fixture(scope="module")

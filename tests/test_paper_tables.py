@@ -71,6 +71,9 @@ def test_a_search_table_with_published_figures_beside(script, tiny_folder, tmp_p
     assert code == 0, capsys.readouterr().err
     assert [row["method"] for row in rows] == list(script.TABLES[table].methods)
     assert all(set(row["ours"]) == set(script.GENEVAL) for row in rows)
+    limited = "limited to 1 prompt a task (6 of 553)"
+    assert all(row["limited"] == limited for row in rows)
+    assert text.startswith(f"## {table}, ours {limited}\n")
     assert "pipeline none, published" in text
     assert "HyperNoise (2025), table 1" in text
     assert "0.63" in text

@@ -323,8 +323,13 @@ def write_official(kind: Kind, benchmark: Any, folder: Path, rows: Sequence[Mapp
     from diffalign.files import write_json, write_text
 
     write_json(folder / "protocol.json", {"benchmark": benchmark.name, **benchmark.protocol()})
+    notice = folder / "LIMITED.txt"  # beside files of official evaluators' formats, which have no place for it
+    if limited := benchmark.limited():
+        write_text(notice, f"Every figure in this folder is {limited}.\n")
+    else:
+        notice.unlink(missing_ok=True)
     if kind.judge is None:
         return
     kind.official(benchmark, folder, rows)
-    limited = f", {limited}" if (limited := benchmark.limited()) else ""
-    write_text(folder / "failures.html", failures_page(rows, f"{benchmark.name}, {folder.name}: what went wrong{limited}"))
+    title = ", ".join(filter(None, (benchmark.name, f"{folder.name}: what went wrong", limited)))
+    write_text(folder / "failures.html", failures_page(rows, title))

@@ -76,6 +76,8 @@ def test_geneval_from_command_to_table(capsys, tiny_folder, tmp_path, models):
     assert code == 0
     assert main(["bench", "compare", str(folder), str(tmp_path / "run" / "best-of-n")]) == 0
     assert "12 images of 6 prompts" in capsys.readouterr().out
+    assert limited in (folder / "LIMITED.txt").read_text()
+    assert limited in (folder / "failures.html").read_text()
 
 
 def test_geneval_needs_no_reward_without_a_search(capsys, tiny_folder, tmp_path, models):
