@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from diffalign.diffusion import Step
+from diffalign.training.objectives.d3po import D3PO
+from diffalign.training.objectives.ddpo import DDPO
+from diffalign.training.objectives.parrot import Parrot
+from diffalign.training.policy import Adaptation, Policy
 from diffalign.training.rollouts import Rollouts, as_rewards, finite_rows, log_ratio, score_figures, step_kl
-from tests.training.rollout_toys import QUICK, REAL, assert_gradients, brightness, frozen, mean_value, prompts, real, toy
+from tests.training.rollout_toys import QUICK, REAL, Network, assert_gradients, brightness, frozen, mean_value, prompts, real, toy
 
 SETTINGS = {
     "ddim": Rollouts(images=3),
@@ -174,3 +178,36 @@ def test_tiny_pipelines_give_a_ratio_of_one_and_gradients_everywhere(name):
     assert QUICK.score(policy.backbone, made, brightness).shape == (4, 1)
     torch.stack(nats).sum().backward()
     assert_gradients({name: weight.grad for name, weight in policy.module.named_parameters()})
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3-medium"])
+def test_adapters_learn_on_rollouts(name):
+    """The policy as tuning makes it: each objective begins at the reference, moves the adapter, and leaves the reference where it was."""
+    network, batch = real(name)
+    learner = Policy(network.backbone, network.backbone.denoiser, Adaptation(rank=2))
+    policy, reference = learner.denoiser(), learner.reference()
+    before = reference(*first_call(policy, batch))
+    for objective in (
+        DDPO(brightness, rollouts=QUICK, kl=0.1),
+        D3PO(brightness, rollouts=QUICK, anchor="reference"),
+        Parrot(brightness, rollouts=QUICK),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        optimizer = torch.optim.Adam(learner.parameters.values(), lr=3e-4)
+        collected = objective.collect(policy, batch, generator)
+        first, _ = objective.loss(policy, reference, collected, generator)
+        optimizer.zero_grad(set_to_none=True)
+        first.backward()
+        assert_gradients({key: p.grad for key, p in learner.parameters.items() if "lora_B" in key and "1.attn.add_q_proj" not in key})
+        optimizer.step()
+        second, _ = objective.loss(policy, reference, collected, generator)
+        assert second < first
+    assert torch.equal(reference(*first_call(policy, batch)), before)
+    assert not torch.equal(policy(*first_call(policy, batch)), before)
+
+
+def first_call(policy, batch):
+    """The arguments of the first evaluation of a rollout."""
+    made = QUICK.make(Network(policy.backbone), batch)
+    shape = made.states[made.steps[0]][:2].shape
+    return torch.ones(shape), made.schedule.timesteps[0], batch.conditioning, 1.0
