@@ -1,22 +1,26 @@
 """Trajectories to learn from: several images of every prompt, with the states, log-probabilities and scores of the policy that made them.
 
-A denoising run is read as a sequence of decisions: at step i, in state x_i, the policy draws x_{i+1} ~ N(m_i, std_i^2 I), and only
-m_i depends on its weights. DDPO, DPOK, Flow-GRPO, D3PO and Parrot differ in what they do with
+A denoising run is read as a sequence of decisions: at step i, in state x_i, the policy draws
+x_{i+1} ~ N(m_i, std_i^2 I), and only m_i depends on its weights. DDPO, DPOK, Flow-GRPO, D3PO and
+Parrot differ in what they do with
 
     l_i = ln p_now(x_{i+1} | x_i) - ln p_then(x_{i+1} | x_i)      nats, summed over the D entries of a sample
     k_i = |m_now - m_reference|^2 / 2 std_i^2                     nats: the KL divergence of two steps of the same std
 
-and share everything else, which is here. `l_i` is exactly 0 before the first update, on every machine where a network gives the same
-output for the same input: images are evaluated in the batches in which they were made, with guidance inside, by one formula.
+and share everything else, which is here. `l_i` is exactly 0 before the first update, on every
+machine where a network gives the same output for the same input: images are evaluated in the
+batches in which they were made, with guidance inside, by one formula.
 
-- Noise: image k of a prompt depends on the prompt's seed and k alone: not on other prompts, on the number of images, on batch_size.
-- Stochastic steps: those inside `window` whose std is above 0. Outside it the deterministic DDIM step is taken (Euler's, for flows), as
-  MixGRPO does. The step that ends at a clean image is always deterministic, also for the flow SDE, where Flow-GRPO's code would leave
-  noise in the image.
-- Memory: states of stochastic steps alone are kept. In the loss, `trained` bounds the number of steps in one graph; `checkpoint` makes
-  the graph that of one evaluation.
+- Noise: image k of a prompt depends on the prompt's seed and k alone: not on other prompts, on the
+  number of images, on batch_size.
+- Stochastic steps: those inside `window` whose std is above 0. Outside it the deterministic DDIM
+  step is taken (Euler's, for flows), as MixGRPO does. The step that ends at a clean image is always
+  deterministic, also for the flow SDE, whose rule would leave noise in the image.
+- Memory: states of stochastic steps alone are kept. In the loss, `trained` bounds the number of
+  steps in one graph; `checkpoint` makes the graph that of one evaluation.
 
-What the caller owes: the policy in eval mode (dropout would move l_i), and the same autocast in `make` and in `step`.
+What the caller owes: the policy in eval mode (dropout would move l_i), and the same autocast in
+`make` and in `step`.
 """
 
 from __future__ import annotations

@@ -1,30 +1,35 @@
 """D3PO: of two images of a prompt one is preferred; make each step that led to it likelier than the same step of the other.
 
-Paper: Yang et al., "Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model", CVPR 2024 (2311.13231), eq. 14.
+Paper: Yang et al., "Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model",
+CVPR 2024 (2311.13231), eq. 14.
 
     loss = mean over pairs and steps of  - ln sigmoid(beta (ln R_w - ln R_l)),   R = clamp(p_now / p_reference, 1 - eps, 1 + eps)
 
-w, l: the preferred image and the other one -> `Judged.winners`, `losers`;  ln p_now - ln p_reference -> l_i of rollouts.py;
-beta -> `beta`;  eps -> `clip`;  p_reference -> `anchor`.
-Several rewards: an image is preferred where it is no worse in any and better in one.
+w, l: the preferred image and the other one -> `Judged.winners`, `losers`;  ln p_now - ln
+p_reference -> l_i of rollouts.py; beta -> `beta`;  eps -> `clip`;  p_reference -> `anchor`. Several
+rewards: an image is preferred where it is no worse in any and better in one.
 
-The paper takes the mean over the D entries of a sample for ln p. With eps = beta = 0.1 the argument of the sigmoid then stays within
-0.02 of 0: the loss is a straight line, beta is a learning rate, and the bound lets one step move by 1,600 nats on an SD latent (DDPO's:
-1.6). `D3PO.paper` is that. The default differs so:
+The paper takes the mean over the D entries of a sample for ln p. With eps = beta = 0.1 the argument
+of the sigmoid then stays within 0.02 of 0: the loss is a straight line, beta is a learning rate,
+and the bound lets one step move by 1,600 nats on an SD latent (DDPO's: 1.6). `D3PO.paper` is that.
+The default differs so:
 
-1. l_i is in nats, and beta ln R saturates: with trust 5 and beta 0.2 a pair is settled at ln(1 + e^-2).
-2. The bound is in nats, and one-sided: l_w counts up to `trust`, l_l down to -`trust`. A two-sided bound also stops pairs that went the
-   wrong way, so that they can never come back.
-3. The policy that made the images is the reference (as between the paper's rounds, sec. 5.2), by the log-probabilities kept from
-   sampling: a quarter of the evaluations less, and l is 0 before the first update. Anchored to a far model, both images of a new pair
-   are likelier than it says, winners stop to count, and losers alone are pushed down. What holds the policy to the model before tuning is
-   `kl`, as in DPOK.
+1. l_i is in nats, and beta ln R saturates: with trust 5 and beta 0.2 a pair is settled at ln(1 +
+   e^-2).
+2. The bound is in nats, and one-sided: l_w counts up to `trust`, l_l down to -`trust`. A two-sided
+   bound also stops pairs that went the wrong way, so that they can never come back.
+3. The policy that made the images is the reference (as between the paper's rounds, sec. 5.2), by
+   the log-probabilities kept from sampling: a quarter of the evaluations less, and l is 0 before
+   the first update. Anchored to a far model, both images of a new pair are likelier than it says,
+   winners stop to count, and losers alone are pushed down. What holds the policy to the model
+   before tuning is `kl`, as in DPOK.
 
-Cost: one evaluation of every image a step, however many pairs it is in. A tie is no pair; nor is an image whose score is not finite.
-Loss ln 2 and gradient 0 where there is no pair at all, so that processes stay in step.
+Cost: one evaluation of every image a step, however many pairs it is in. A tie is no pair; nor is an
+image whose score is not finite. Loss ln 2 and gradient 0 where there is no pair at all, so that
+processes stay in step.
 
-By hand: `sample` makes the trajectories, people look at the images (`backbone.decode`), `judged` turns their choices into what `loss`
-takes; `collect` returns that as it is.
+By hand: `sample` makes the trajectories, people look at the images (`backbone.decode`), `judged`
+turns their choices into what `loss` takes; `collect` returns that as it is.
 """
 
 from __future__ import annotations

@@ -1,25 +1,30 @@
 """DDPO: make the denoising steps of images that scored better than their siblings more likely, a little at a time.
 
-Papers: Black et al., "Training Diffusion Models with Reinforcement Learning", ICLR 2024 (2305.13301), the policy gradient; Fan et al.,
-"DPOK", NeurIPS 2023 (2305.16381), a KL penalty to the model before tuning; Liu et al., "Flow-GRPO", NeurIPS 2025 (2505.05470), the same
-for flow models by stochastic steps, with rewards compared inside groups.
+Papers: Black et al., "Training Diffusion Models with Reinforcement Learning", ICLR 2024
+(2305.13301), the policy gradient; Fan et al., "DPOK", NeurIPS 2023 (2305.16381), a KL penalty to
+the model before tuning; Liu et al., "Flow-GRPO", NeurIPS 2025 (2505.05470), the same for flow
+models by stochastic steps, with rewards compared inside groups.
 
     rho_i = exp(l_i / D)        l_i = ln p_now(x_{i+1} | x_i) - ln p_then(x_{i+1} | x_i), D entries in a sample
     loss  = mean over images and steps of  max(-A rho_i, -A clamp(rho_i, lowest, highest)) + kl k_i / D
     k_i   = |m_now - m_reference|^2 / 2 std_i^2
 
-l_i, k_i, the steps i and the images -> rollouts.py;  A -> `advantage`, `advantage_clip`;  lowest, highest -> `trust` or `clip`;
-DPOK's w_kl / w_r, Flow-GRPO's beta -> `kl`.
+l_i, k_i, the steps i and the images -> rollouts.py;  A -> `advantage`, `advantage_clip`;  lowest,
+highest -> `trust` or `clip`; DPOK's w_kl / w_r, Flow-GRPO's beta -> `kl`.
 
-The papers take the mean over entries for a log-probability, which is the l_i / D above, and bound rho by 1 +- 1e-4: 1.6 nats a step for
-the 16,384 entries of an SD latent, but 26 for FLUX's 262,144. We differ so:
+The papers take the mean over entries for a log-probability, which is the l_i / D above, and bound
+rho by 1 +- 1e-4: 1.6 nats a step for the 16,384 entries of an SD latent, but 26 for FLUX's 262,144.
+We differ so:
 
-1. The bound is in nats a step, `trust`, which means the same at every size; lowest, highest = exp(-+ trust / D).
-2. The default advantage compares an image with the others of its prompt (leave one out), over the spread within prompts of the whole
-   batch: a group that agrees by chance is not blown up to unit spread. DDPO keeps a history of rewards for every prompt, whose place the
-   group takes here; DPOK trains a value network, for which the others stand in.
-3. DPOK's penalty is the squared difference of guided noise predictions; ours is the divergence that it stands for, as in Flow-GRPO.
-   DPOK clamps without the max, which stops an image that moved the wrong way from coming back; `dpok` here keeps the max.
+1. The bound is in nats a step, `trust`, which means the same at every size; lowest, highest =
+   exp(-+ trust / D).
+2. The default advantage compares an image with the others of its prompt (leave one out), over the
+   spread within prompts of the whole batch: a group that agrees by chance is not blown up to unit
+   spread. DDPO keeps a history of rewards for every prompt, whose place the group takes here; DPOK
+   trains a value network, for which the others stand in.
+3. DPOK's penalty is the squared difference of guided noise predictions; ours is the divergence that
+   it stands for, as in Flow-GRPO. DPOK clamps without the max, which stops an image that moved the
+   wrong way from coming back; `dpok` here keeps the max.
 4. Flow-GRPO's last step is deterministic here (rollouts.py says why).
 
 An image whose score is not finite teaches nothing, and nobody is compared with it.

@@ -1,27 +1,35 @@
 """Parrot: several rewards at once; only images that no other one of their prompt beats in every reward teach anything.
 
-Paper: Lee et al., "Parrot: Pareto-optimal Multi-Reward Reinforcement Learning Framework for Text-to-Image Generation", ECCV 2024
-(2401.05675), algorithm 1 and eq. 4. No code was published.
+Paper: Lee et al., "Parrot: Pareto-optimal Multi-Reward Reinforcement Learning Framework for
+Text-to-Image Generation", ECCV 2024 (2401.05675), algorithm 1 and eq. 4. No code was published.
 
     grad J = 1 / n(P)  sum over i in P, rewards k, steps t of  r_k(x^i) grad ln p(x_{t-1} | x_t)
 
-P: the images that none of their group dominates, n(P) of them -> rewards/pareto.py;  ln p, its mean over the D entries of a sample ->
-rollouts.py;  r_k -> `rewards`, their sum over k weighted by `weights`. We take the gradient from exp(l / D) with l = ln p_now - ln p_then,
-which is that of ln p / D as long as nothing has been updated, and right afterwards too. Several prompts a batch: the mean over them.
+P: the images that none of their group dominates, n(P) of them -> rewards/pareto.py;  ln p, its mean
+over the D entries of a sample -> rollouts.py;  r_k -> `rewards`, their sum over k weighted by
+`weights`. We take the gradient from exp(l / D) with l = ln p_now - ln p_then, which is that of ln p
+/ D as long as nothing has been updated, and right afterwards too. Several prompts a batch: the mean
+over them.
 
-`Parrot.paper` is that, with the published "clip 1e-4" read as DDPO's bound on the ratio, which does nothing in the first update of a
-batch. Every reward counts in it as it is, so an image on the front is pushed up even if it is bad, and the reward with the largest
-numbers decides. The default differs so, each by a setting of its own:
+`Parrot.paper` is that, with the published "clip 1e-4" read as DDPO's bound on the ratio, which does
+nothing in the first update of a batch. Every reward counts in it as it is, so an image on the front
+is pushed up even if it is bad, and the reward with the largest numbers decides. The default differs
+so, each by a setting of its own:
 
-1. `standardise`: each reward is centred and scaled inside its group, then they are summed (GDPO, rewards/advantages.py).
-2. `fronts`: images on the worst front teach too, what to avoid; those between the fronts stay silent. P is then both.
-3. `epsilon`: with small groups or many rewards nearly nobody is dominated (rewards/pareto.py gives shares), and a filter that keeps
-   everything selects nothing; small differences do not count for domination. `kept` is logged: above one half, raise it.
+1. `standardise`: each reward is centred and scaled inside its group, then they are summed (GDPO,
+   rewards/advantages.py).
+2. `fronts`: images on the worst front teach too, what to avoid; those between the fronts stay
+   silent. P is then both.
+3. `epsilon`: with small groups or many rewards nearly nobody is dominated (rewards/pareto.py gives
+   shares), and a filter that keeps everything selects nothing; small differences do not count for
+   domination. `kept` is logged: above one half, raise it.
 4. `kl`: the divergence from the model before tuning; the bound on the ratio is in nats (ddpo.py).
-5. The mean over steps in place of the sum, so that learning rates carry over between schedules; Adam sees no difference.
+5. The mean over steps in place of the sum, so that learning rates carry over between schedules;
+   Adam sees no difference.
 
-Not here yet: the reward-identifier tokens in prompts and the prompt expansion network; without tokens every image is taught by all
-rewards. An image with a score that is not finite is compared with nobody and teaches nothing.
+Not here yet: the reward-identifier tokens in prompts and the prompt expansion network; without
+tokens every image is taught by all rewards. An image with a score that is not finite is compared
+with nobody and teaches nothing.
 """
 
 from __future__ import annotations
