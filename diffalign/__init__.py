@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffalign.hub import load_pipeline as load_pipeline
     from diffalign.hub import load_reward as load_reward
     from diffalign.rewards import RewardMix as RewardMix
+    from diffalign.tuning import train as train
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _LAZY = {
     "load_reward": "diffalign.hub",
     "guided": "diffalign.hub",
     "RewardMix": "diffalign.rewards",
+    "train": "diffalign.tuning",
     **{row.class_name: row.module for row in METHODS},
 }
 

@@ -1,4 +1,4 @@
-"""`diffalign train`: fit what the other commands use. So far what makes guidance cheaper: `linear-ag` and `guidance-search`."""
+"""`diffalign train`: fit what the other commands use: weights tuned by preference, and guidance that costs less."""
 
 # ruff: noqa: T201  (a command speaks to its user)
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import config, generate, options
+from diffalign.commands import config, generate, options, tune
 from diffalign.commands.guidance import FROM_FILE
 from diffalign.files import require_writable
 
@@ -19,7 +19,7 @@ SHAPES_BATCH, SHAPES_SEARCH_BATCH = 20, 8
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("train", help="fit cheaper guidance to a pipeline", description=__doc__, allow_abbrev=False)
+    parser = subparsers.add_parser("train", help="tune a pipeline, or fit cheaper guidance to it", description=__doc__, allow_abbrev=False)
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
     linear = kinds.add_parser(
         "linear-ag",
@@ -45,6 +45,7 @@ def add_parser(subparsers: Any) -> None:
     search.add_argument("--budget", type=options.scale, default=0.75, metavar="X", help="share of all evaluations (default: %(default)s)")
     search.add_argument("--iterations", type=options.count, default=80, metavar="N", help="steps of the optimiser (default: %(default)s)")
     search.set_defaults(run=run_search)
+    tune.add_parsers(kinds)
 
 
 def _add_common(parser: argparse.ArgumentParser, out: Path, batch: int) -> None:

@@ -243,7 +243,9 @@ class Texts:
 
 def seeded(*key: int) -> torch.Generator:
     """A generator on the CPU that the numbers of `key` (>= 0) decide together; keys that differ share no draws."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> 1))
+    # words of one width, and how many: SeedSequence itself cannot tell (1,) from (1, 0)
+    words = [len(key), *(word for number in key for word in divmod(number, 2**32))]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
 
 class Order:
@@ -298,6 +300,10 @@ class PairData:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def key(self, pair: Pair) -> str:
+        """What its two images are known by in the store: their content."""
+        return f"{self._keys[pair.winner, False]} {self._keys[pair.loser, False]}"
 
     def take(self, positions: Sequence[int]) -> PairBatch:
         chosen = [self.pairs[self._order[position]] for position in positions]
