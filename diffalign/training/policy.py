@@ -151,6 +151,21 @@ class Policy:
         """A copy of what learns."""
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
+    def weight_distance(self) -> Float[Tensor, ""]:
+        """||theta - theta_0||^2, the squared distance of all weights from the reference's, float32 and with gradient; of an adapter the
+        size of its updates s B A, which are not formed: ||B A||^2 = sum of (B' B) * (A A').
+        """
+        if self._copy is not None:
+            before = dict(self._copy.named_parameters())
+            return torch.stack([(p - before[name]).float().square().sum() for name, p in self.parameters.items()]).sum()
+        parts = []
+        for layer in self._layers:
+            for name, scale in layer.scaling.items():
+                if name in layer.lora_A:
+                    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                    parts.append(scale**2 * ((b.T @ b) * (a @ a.T)).sum())
+        return torch.stack(parts).sum()
+
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Raises ValueError where names or shapes are not those of `weights()`."""
