@@ -119,6 +119,9 @@ def test_low_variance_is_the_mean_over_fresh_noise_at_the_last_level():
     one, three = (torch.stack(found[n]) for n in (0, 2))
     assert three.std() < one.std()
     assert three.mean().item() == pytest.approx(one.mean().item(), rel=0.1)
+    batch = prompts(policy, ("1",), (4,))  # of a linear reward each gradient is the last step's own: the re-noised image is a constant
+    same = [gradients_of(DRaFT(MEAN, sampling=SHORT, renoised=n), policy, reference, batch)[1] for n in (0, 2)]
+    torch.testing.assert_close(*same)
 
 
 def test_alignprop_cuts_each_sample_at_a_depth_of_its_own():

@@ -123,8 +123,11 @@ def test_without_normalization_gradients_are_as_they_are(kind):
     batch = prompts(policy, ("2",), (4,))
     climb = Climb({"mean": mean_value, "twice": mean_value}, weights={"mean": 3.0, "twice": -2.0})
     for weight, expected in ((0.0, -2.0), (0.5, -34.0)):
-        gradient, _ = gradients_of(kind(climb, normalize=False, guidance_reward=weight, anchor=0.0), policy, reference, batch)
+        objective = kind(climb, normalize=False, guidance_reward=weight, anchor=0.0)
+        gradient, _ = gradients_of(objective, policy, reference, batch)
         assert gradient.item() == pytest.approx(expected, rel=1e-5)
+        loss, figures = loss_of(objective, policy, reference, batch)
+        assert (loss.item(), figures["reward"]) == (pytest.approx(-2), pytest.approx(2))  # 3 - 2 times the mean; guidance has no value
 
 
 def test_equal_norms_let_the_smaller_reward_speak():
