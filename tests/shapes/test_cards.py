@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import diffalign.shapes
 from diffalign.benchmarks.geneval_rules import TASKS
+from diffalign.shapes.train import card as cards
+from diffalign.shapes.train import rewards_judged
+from diffalign.shapes.train.loop import LoopConfig
 
 WEIGHTS = Path(diffalign.shapes.__file__).parent / "weights"
 OPTIMISED = ("shapes-clip", "shapes-preference", "shapes-reward")
@@ -51,3 +56,27 @@ def test_the_watched_reward_shares_no_seed_no_architecture_and_no_weights(name):
     assert not set(mine) & set(theirs)  # not a part of the same name
     long = {value for value in theirs.values() if len(value) > 64}
     assert not any(value in long for value in mine.values())
+
+
+def test_a_section_is_put_into_a_card_that_stands_and_replaces_its_former_self(tmp_path):
+    folder = tmp_path / "shapes-clip"
+    cards.write_card(folder, title="x", command="c", config=LoopConfig(steps=1, lr=0.1), seconds=1.0, figures={"a": 1})
+    for value in (2, 3):
+        rewards_judged.add_to_card(folder, "judged", {"b": value}, note="what it is")
+    content = json.loads((folder / "card.json").read_text())
+    assert content["figures"] == {"a": 1, "judged": {"b": 3}}
+    assert content["notes"] == ["what it is"]
+    assert "| judged: b | 3 |" in (folder / "README.md").read_text()
+
+
+def test_a_section_for_a_card_that_is_not_there_names_the_stage(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run `python -m diffalign\.shapes\.train shapes-clip` first"):
+        rewards_judged.add_to_card(tmp_path / "shapes-clip", "judged", {})
+
+
+def test_climbs_are_told_by_their_stations(tmp_path):
+    folder = tmp_path / "reward_images" / "climbed1"
+    folder.mkdir(parents=True)
+    right = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1]], dtype=torch.bool)  # two climbs of four stations
+    save_file({"right": right}, folder / "0000.safetensors")
+    assert list(rewards_judged.climb_figures(tmp_path)["before round 1"].values()) == [0.0, 0.5, 1.0, 1.0]

@@ -22,7 +22,7 @@ from diffalign.shapes.train.judged import Judged, from_pipeline, make_judged
 from diffalign.shapes.train.rewards_auc import AUC_NOTE, Score, auc_figures, best_of_figures, score_groups
 
 SAMPLES = 32  # one-step images of each prompt
-BASE_SAMPLES, BASE_STEPS, BASE_GUIDANCE = 8, 10, 3.0  # images of `shapes` of each prompt
+BASE_SAMPLES, BASE_STEPS, BASE_GUIDANCE = 4, 10, 3.0  # images of `shapes` of each prompt
 SEEDS = {"validation": 71, "test": 72}
 
 
