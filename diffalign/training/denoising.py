@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.backbone import Backbone, Conditioning
@@ -86,8 +86,8 @@ def draw(like: Float[Tensor, "b ..."], generator: torch.Generator) -> Float[Tens
     return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
 
 
-def in_one_batch(batch: PairBatch, backbone: Backbone, generator: torch.Generator, prompt_dropout: float = 0.0) -> Samples:
-    """Winners, then losers; a pair shares its training timestep, and a prompt that is dropped is dropped for both images of its pair."""
+def in_one_batch(batch: PairBatch, backbone: Backbone, generator: torch.Generator) -> Samples:
+    """Winners, then losers; a pair shares its training timestep."""
     b = len(batch)
     if batch.losers.shape != batch.winners.shape:
         raise ValueError(f"losers have shape {tuple(batch.losers.shape)}, winners {tuple(batch.winners.shape)}; pairs must be of one size")
@@ -98,31 +98,15 @@ def in_one_batch(batch: PairBatch, backbone: Backbone, generator: torch.Generato
     clean = torch.cat([batch.winners, batch.losers]).float()
     timesteps = backbone.draw_timesteps(b, generator)
     signal, noise = backbone.levels(timesteps)
-    if prompt_dropout:
-        dropped = torch.rand(b, generator=generator, device=generator.device) < prompt_dropout
-        winners, losers = without_prompt(winners, dropped), without_prompt(losers, dropped)
     return Samples(clean, joined(winners, losers), timesteps.repeat(2).to(clean.device), signal.repeat(2), noise.repeat(2))
 
 
-def joined(first: Conditioning, second: Conditioning, unconditional: bool = False) -> Conditioning:
-    """Both, one after the other; the unconditional branches too where asked for and both have one. ValueError where they do not fit."""
-    both = unconditional and first.has_unconditional and second.has_unconditional
-    one, other = ((each.tensors if both else each.conditional()) for each in (first, second))
+def joined(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Both, one after the other, without their unconditional branches. ValueError where they do not fit into one batch."""
+    one, other = first.conditional(), second.conditional()
     if (first.size, first.embedded_scale) != (second.size, second.embedded_scale):
         raise ValueError("losers_conditioning has another size or embedded_scale than conditioning; encode both alike")
     if {name: tensor.shape[1:] for name, tensor in one.items()} != {name: tensor.shape[1:] for name, tensor in other.items()}:
         raise ValueError("losers_conditioning has tensors of other shapes than conditioning; encode both captions to one length")
     tensors = {name: torch.cat([one[name], other[name]]) for name in one}
     return Conditioning(first.prompts + second.prompts, tensors, first.size, first.embedded_scale)
-
-
-def without_prompt(conditioning: Conditioning, dropped: Bool[Tensor, " b"]) -> Conditioning:
-    """The unconditional branch in the place of the prompt for the samples that are `dropped`."""
-    if not conditioning.has_unconditional:
-        raise ValueError("prompt_dropout needs the unconditional branch; call encode(prompts, unconditional=True), or set it to 0")
-    texts, empty = conditioning.conditional(), conditioning.unconditional()
-    tensors = {
-        name: torch.where(dropped.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), empty[name], tensor)
-        for name, tensor in texts.items()
-    }
-    return Conditioning(conditioning.prompts, tensors, conditioning.size, conditioning.embedded_scale)

@@ -6,7 +6,6 @@ import copy
 
 import torch
 
-from diffalign.backbone import Conditioning
 from diffalign.diffusion import from_x0_and_eps
 from diffalign.noise import spread
 from diffalign.training.contract import PairBatch
@@ -119,23 +118,24 @@ REAL = {"epsilon": "sd-turbo", "v_prediction": "sd21", "flow": "sd3-without-t5"}
 """What is predicted -> a row of the families' tests."""
 
 
-def real(prediction: str) -> tuple[Network, Network]:
+def real(prediction: str = "", family: str = "") -> tuple[Network, Network]:
     """A policy that learns in all its weights and the same network as reference, which would take a gradient if one came."""
-    row = ROWS[REAL[prediction]]
+    row = ROWS[family or REAL[prediction]]
     both = [Network(row.pipeline(row.aligned_class())) for _ in range(2)]
     for network in both:
         getattr(network.backbone, network.backbone.denoiser).requires_grad_(True)
-    assert both[0].backbone.prediction == prediction
+    assert prediction in ("", both[0].backbone.prediction)
     return both[0], both[1]
 
 
-def real_pairs(policy: Network, count: int = 2, captions: bool = False) -> PairBatch:
-    shape, generator = policy.backbone.noise_shape(), seeded(7)
+def real_pairs(policy: Network, count: int = 2, captions: bool = False, size=None, embedded_scale=None) -> PairBatch:
+    shape, generator = policy.backbone.noise_shape(size), seeded(7)
     images = torch.randn(2, count, *shape, generator=generator)
     names = ["a red bird", "two blue cups", "a green cat"][:count]
     with torch.no_grad():
-        texts: Conditioning = policy.backbone.encode(names)
-        other = policy.backbone.encode([f"not {name}" for name in names]) if captions else None
+        how = {"unconditional": False, "size": size, "embedded_scale": embedded_scale}
+        texts = policy.backbone.encode(names, **how)
+        other = policy.backbone.encode([f"not {name}" for name in names], **how) if captions else None
     return PairBatch(images[0], images[1], texts, other)
 
 

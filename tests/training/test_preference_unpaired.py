@@ -153,7 +153,7 @@ def test_every_tensor_of_tiny_networks_learns(prediction):
     nudge(policy)
     data = real_pairs(policy, captions=True)
     idle = unused(policy, data)
-    for objective, batch in ((MaPO(), data), (KTO(beta=10, prompt_dropout=0.3), UnpairedBatch.of_pairs(data))):
+    for objective, batch in ((MaPO(), data), (KTO(beta=10), UnpairedBatch.of_pairs(data))):
         objective.loss(policy, reference, batch, seeded())[0].backward()
         assert unreached(policy) == idle
         assert len(unreached(reference)) == len(list(getattr(reference.backbone, reference.backbone.denoiser).parameters()))
@@ -162,7 +162,7 @@ def test_every_tensor_of_tiny_networks_learns(prediction):
 
 def test_the_same_seed_gives_the_same_loss_to_the_bit():
     policy, reference = toy(gain=1.1), toy()
-    for objective, batch in ((MaPO(prompt_dropout=0.5), pairs()), (KTO(beta=2), UnpairedBatch.of_pairs(pairs()))):
+    for objective, batch in ((MaPO(), pairs()), (KTO(beta=2), UnpairedBatch.of_pairs(pairs()))):
         first, again, other = (objective.loss(policy, reference, batch, seeded(seed))[0].item() for seed in (4, 4, 5))
         assert first == again != other
 
@@ -170,10 +170,10 @@ def test_the_same_seed_gives_the_same_loss_to_the_bit():
 def test_settings_are_plain_and_checked():
     for objective in (MaPO.paper(), KTO.paper(), KTO(utility="log-sigmoid")):
         assert json.loads(json.dumps(objective.settings()))["name"] == objective.name
-    for name, value in {"beta": 0, "curvature": 0, "scale": -1, "space": "v", "prompt_dropout": 1}.items():
+    for name, value in {"beta": 0, "curvature": 0, "scale": -1, "space": "v"}.items():
         with pytest.raises(ValueError, match=name):
             MaPO(**{name: value})
-    for name, value in {"beta": 0, "utility": "exp", "good_weight": -1, "bad_weight": -1, "space": "v", "prompt_dropout": 1}.items():
+    for name, value in {"beta": 0, "utility": "exp", "good_weight": -1, "bad_weight": -1, "space": "v"}.items():
         with pytest.raises(ValueError, match=name):
             KTO(**{name: value})
 

@@ -29,7 +29,7 @@ from torch.nn.functional import logsigmoid
 from diffalign.backbone import Conditioning
 from diffalign.diffusion import add_noise
 from diffalign.training.contract import Denoiser, PairBatch
-from diffalign.training.denoising import SPACES, Samples, draw, errors, joined, without_prompt
+from diffalign.training.denoising import SPACES, Samples, draw, errors, joined
 
 UTILITIES = ("sigmoid", "log-sigmoid")
 
@@ -50,7 +50,7 @@ class UnpairedBatch:
         """Winners as good, then losers as bad. The pairs' weights are not used."""
         good = torch.arange(2 * len(pairs), device=pairs.winners.device) < len(pairs)
         losers = pairs.conditioning if pairs.losers_conditioning is None else pairs.losers_conditioning
-        return cls(torch.cat([pairs.winners, pairs.losers]), good, joined(pairs.conditioning, losers, unconditional=True))
+        return cls(torch.cat([pairs.winners, pairs.losers]), good, joined(pairs.conditioning, losers))
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,6 @@ class KTO:
     """w of bad images, >= 0. Paper: 1."""
     space: Literal["network", "epsilon", "x0"] = "network"
     """What the errors are of: the network's own output, eps or x0. Paper: epsilon."""
-    prompt_dropout: float = 0.0
-    """In [0, 1): the share of images that see the unconditional branch instead of their prompt. Paper: 0.2."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -78,16 +76,14 @@ class KTO:
         for name in ("good_weight", "bad_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
-        if not 0 <= self.prompt_dropout < 1:
-            raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout!r}")
         for name, known in (("utility", UTILITIES), ("space", SPACES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @classmethod
     def paper(cls) -> KTO:
-        """The released script's."""
-        return cls(space="epsilon", prompt_dropout=0.2)
+        """The released script's, which also drops every fifth prompt."""
+        return cls(space="epsilon")
 
     def settings(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -103,11 +99,7 @@ class KTO:
             raise ValueError("batch holds one image, and KTO compares an image with the others; give it at least 2")
         clean = batch.latents.float()
         timesteps = policy.backbone.draw_timesteps(len(batch), generator)
-        conditioning = batch.conditioning
-        if self.prompt_dropout:
-            dropped = torch.rand(len(batch), generator=generator, device=generator.device) < self.prompt_dropout
-            conditioning = without_prompt(conditioning, dropped)
-        samples = Samples(clean, conditioning, timesteps.to(clean.device), *policy.backbone.levels(timesteps))
+        samples = Samples(clean, batch.conditioning, timesteps.to(clean.device), *policy.backbone.levels(timesteps))
         eps = draw(clean, generator)
         x = add_noise(clean, eps, samples.signal, samples.noise)
         with torch.no_grad():

@@ -43,15 +43,11 @@ class MaPO:
     """T > 0: how large a difference of phi decides a pair. Paper's code: the number of training timesteps."""
     space: Literal["network", "epsilon", "x0"] = "network"
     """What the errors are of: the network's own output, eps or x0. Paper: epsilon."""
-    prompt_dropout: float = 0.0
-    """In [0, 1): the share of pairs that see the unconditional branch instead of their prompt. Paper: 0."""
 
     def __post_init__(self) -> None:
         for name in ("beta", "curvature", "scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        if not 0 <= self.prompt_dropout < 1:
-            raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout!r}")
         if self.space not in SPACES:
             raise ValueError(f"space must be one of {', '.join(SPACES)}, got {self.space!r}")
 
@@ -70,7 +66,7 @@ class MaPO:
         self, policy: Denoiser, reference: Denoiser, batch: PairBatch, generator: torch.Generator
     ) -> tuple[Float[Tensor, ""], Mapping[str, float]]:
         """`reference` is not called."""
-        samples = in_one_batch(batch, policy.backbone, generator, self.prompt_dropout)
+        samples = in_one_batch(batch, policy.backbone, generator)
         x, eps = forward_noise(policy, reference, samples, generator)
         winner, loser = errors(policy, samples, x, eps, self.space).chunk(2)
         margin = self.scale * (phi(winner, self.curvature) - phi(loser, self.curvature))

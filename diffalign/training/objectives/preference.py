@@ -63,8 +63,6 @@ class DPO:
     """What the errors are of: the network's own output, eps, or x0 (not for eps networks without a last signal). Paper: epsilon."""
     weights_on: Literal["loss", "logit"] = "loss"
     """What a pair's weight multiplies; the logit for `score_weights`."""
-    prompt_dropout: float = 0.0
-    """In [0, 1): the share of pairs that see the unconditional branch instead of their prompt. Paper: 0.2."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -73,16 +71,14 @@ class DPO:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing!r}")
         if not self.anchor >= 0:
             raise ValueError(f"anchor must be at least 0, got {self.anchor!r}")
-        if not 0 <= self.prompt_dropout < 1:
-            raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout!r}")
         for name, known in (("form", FORMS), ("space", SPACES), ("weights_on", ("loss", "logit"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @classmethod
     def paper(cls) -> DPO:
-        """As the released launchers set it, for SD 1.5 and SDXL."""
-        return cls(beta=5000.0, space="epsilon", prompt_dropout=0.2)
+        """As the released launchers set it, for SD 1.5 and SDXL; they also drop every fifth prompt (`PairData`, drop_prompts)."""
+        return cls(beta=5000.0, space="epsilon")
 
     def settings(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -99,7 +95,7 @@ class DPO:
         self, policy: Denoiser, reference: Denoiser, batch: PairBatch, generator: torch.Generator, states: StateProvider
     ) -> tuple[Float[Tensor, ""], Mapping[str, float]]:
         """The kernel. One call of the policy and one of the reference, on both images of every pair at once."""
-        samples = in_one_batch(batch, policy.backbone, generator, self.prompt_dropout)
+        samples = in_one_batch(batch, policy.backbone, generator)
         with torch.no_grad():
             x, eps = states(policy, reference, samples, generator)
             known = errors(reference, samples, x, eps, self.space)
