@@ -48,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--batch-size", type=options.count, metavar="N", help=batch_help)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
     parser.add_argument("--dtype", choices=options.DTYPES, help="number type of the pipeline (default: the pipeline's own for the device)")
+    options.add_memory_options(parser)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FILE.json", help="where to write it (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     parser.set_defaults(run=run)

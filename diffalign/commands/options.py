@@ -163,9 +163,14 @@ def add_model_options(parser: argparse.ArgumentParser, pipeline: str | None = DE
     parser.add_argument("--guidance-scale", type=scale, metavar="X", help="classifier-free guidance (default: the pipeline's own)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="number type of the pipeline (default: the pipeline's own for the device)")
+    add_memory_options(parser)
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """--memory and --attention, of every command that loads a pipeline."""
     parser.add_argument("--memory", choices=MEMORY, nargs="+", default=(), metavar="WAY", help=f"spend less of it: {', '.join(MEMORY)}")
     parser.add_argument("--attention", choices=("sdpa", "xformers"), default="sdpa", help="torch's own, or that of the extra xformers")
-    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
 
 
 def add_rule_options(parser: argparse.ArgumentParser) -> None:
