@@ -80,3 +80,10 @@ def test_climbs_are_told_by_their_stations(tmp_path):
     right = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1]], dtype=torch.bool)  # two climbs of four stations
     save_file({"right": right}, folder / "0000.safetensors")
     assert list(rewards_judged.climb_figures(tmp_path)["before round 1"].values()) == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_the_table_of_the_page_is_that_of_the_cards():
+    if not all("judged" in card(name)["figures"] for name in ("shapes-clip", "shapes-preference")):
+        pytest.skip("not all rewards are judged yet")
+    page = (WEIGHTS.parents[2] / "docs" / "shapes.md").read_text(encoding="utf-8")
+    assert rewards_judged.auc_table(WEIGHTS) in page

@@ -176,6 +176,10 @@ def judge_rewards(args: argparse.Namespace) -> None:
     rewards_judged.add_to_towers(args.run, args.weights, args.device)
 
 
+def print_table(args: argparse.Namespace) -> None:
+    print(rewards_judged.auc_table(args.weights))
+
+
 def _write_card(
     args: argparse.Namespace, folder: Path, stage: str, config: loop.LoopConfig, *, data: dict, figures: dict, notes: list[str]
 ) -> None:
@@ -212,6 +216,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "shapes-watch": train_watch,
     "judge-shapes-watch": judge_watch,
     "judge-rewards": judge_rewards,
+    "table-rewards": print_table,
 }
 
 

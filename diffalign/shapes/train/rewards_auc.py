@@ -23,6 +23,7 @@ from diffalign.shapes.train.judged import Judged
 
 Score = Callable[[UInt8[Tensor, "b h w 3"], list[str]], Float[Tensor, " b"]]
 RESAMPLES = 1_000
+SHARE = "share of the judge's gain"
 AUC_NOTE = (
     "AUC: within a prompt, how often a right image scores above a wrong one (ties half), by the judge, on images of prompts of the named"
     " split; mean over the prompts that have both kinds, with a 95 % interval from resampled prompts. Best of 32: the judge's accuracy of"
@@ -72,4 +73,4 @@ def best_of_figures(scores: Float[Tensor, "n g"], judged: Judged) -> dict[str, d
         by_task = {task: float(values[torch.from_numpy(tags == task)].mean()) for task in TASKS if (tags == task).any()}
         figures[name] = {task: round(v, 4) for task, v in by_task.items()} | {"overall": round(float(np.mean(list(by_task.values()))), 4)}
     base, reached, most = (figures[name]["overall"] for name in ways)
-    return figures | {"share of the judge's gain": round((reached - base) / (most - base), 4) if most > base else float("nan")}
+    return figures | {SHARE: round((reached - base) / (most - base), 4) if most > base else float("nan")}

@@ -16,10 +16,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
+from diffalign.benchmarks.geneval_rules import TASKS
 from diffalign.shapes import prompts
 from diffalign.shapes.train import card, export, loop, rewards_captioner, rewards_captioner_tune, rewards_preference, rewards_watch
 from diffalign.shapes.train.judged import Judged, from_pipeline, make_judged
-from diffalign.shapes.train.rewards_auc import AUC_NOTE, Score, auc_figures, best_of_figures, score_groups
+from diffalign.shapes.train.rewards_auc import AUC_NOTE, SHARE, Score, auc_figures, best_of_figures, score_groups
 
 SAMPLES = 32  # one-step images of each prompt
 BASE_SAMPLES, BASE_STEPS, BASE_GUIDANCE = 4, 10, 3.0  # images of `shapes` of each prompt
@@ -151,6 +152,26 @@ def write_watch_card(run: Path, weights: Path, device: str) -> None:
             AUC_NOTE,
         ],
     )
+
+
+REWARDS = ("shapes-reward", "shapes-clip", "shapes-preference", "shapes-watch")
+
+
+def auc_table(weights: Path, images: str = "test, shapes-turbo") -> str:
+    """The cards' AUC by task and best of n as the Markdown table of docs/shapes.md, without rewards that are not judged yet."""
+    lines = [f"| AUC | {' | '.join(task.replace('_', ' ') for task in TASKS)} | overall | best of {SAMPLES} | share |"]
+    lines.append("|" + "---|" * (len(TASKS) + 4))
+    for name in REWARDS:
+        path = weights / name / "card.json"
+        figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {}
+        found = figures.get("judged", figures).get(images)
+        if found is None:
+            continue
+        best = found[f"best of {SAMPLES}"]
+        values = [f"{found['AUC'][task]['value']:.2f}" for task in (*TASKS, "overall")]
+        values += [f"{best['by the reward']['overall']:.3f}", f"{best[SHARE]:.0%}"]
+        lines.append(f"| `{name}` | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
 def add_to_towers(run: Path, weights: Path, device: str) -> None:
