@@ -98,24 +98,27 @@ def run(args: argparse.Namespace) -> int:
 
     fields = ("steps", "lr", "warmup", "schedule", "batch_size", "micro_batch", "seed", "average", "precision", "save_every")
     settings = LoopSettings(**{name: getattr(args, name) for name in fields}, evaluate_every=args.evaluate_every, patience=args.patience)
-    done = train(
-        args.objective,
-        pipeline=args.pipeline,
-        data=args.data,
-        out=args.out,
-        settings=settings,
-        adaptation=Adaptation(rank=None if args.full else args.rank, checkpointing=args.checkpointing),
-        objective_settings=objective_settings(args),
-        drop_prompts=args.drop_prompts,
-        flip=args.flip,
-        held_out=args.held_out,
-        resume=args.resume,
-        track=args.track,
-        cache=args.cache,
-        device=args.device,
-        dtype=args.dtype,
-        command=shlex.join(["diffalign", *args.argv]),
-    )
+    try:
+        done = train(
+            args.objective,
+            pipeline=args.pipeline,
+            data=args.data,
+            out=args.out,
+            settings=settings,
+            adaptation=Adaptation(rank=None if args.full else args.rank, checkpointing=args.checkpointing),
+            objective_settings=objective_settings(args),
+            drop_prompts=args.drop_prompts,
+            flip=args.flip,
+            held_out=args.held_out,
+            resume=args.resume,
+            track=args.track,
+            cache=args.cache,
+            device=args.device,
+            dtype=args.dtype,
+            command=shlex.join(["diffalign", *args.argv]),
+        )
+    except FloatingPointError as error:  # a run that diverged is no bug to show a traceback of
+        raise ValueError(str(error)) from error
     trained = done.trained
     kept = "" if trained.kept_step == trained.step else f"; the weights after step {trained.kept_step} are kept"
     print(f"{trained.step} steps in {trained.seconds:.0f} s{kept}")

@@ -155,6 +155,14 @@ def test_the_command_leaves_a_lora_that_generate_takes(data, tiny_folder, tmp_pa
     diffalign.load_pipeline(tiny_folder).load_lora_weights(out)
 
 
+def test_a_run_that_diverges_ends_with_a_sentence(data, tiny_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["train", "sft", "--pipeline", str(tiny_folder), "--data", str(data), "--out", str(out), "--rank", "2", "--batch-size", "2"]
+    assert main([*command, "--lr", "1e30", "--warmup", "0", "--steps", "5"]) == 1
+    assert "learning rate of 1e+30" in capsys.readouterr().err
+    assert not list(out.glob("*.safetensors"))
+
+
 def test_what_is_amiss_is_named_before_anything_is_loaded(tmp_path, capsys):
     assert main(["train", "dpo", "--data", str(tmp_path)]) == 1
     assert "pairs.jsonl" in capsys.readouterr().err
