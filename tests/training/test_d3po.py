@@ -154,9 +154,11 @@ def test_the_anchor_and_the_divergence():
     loss.backward()
     assert figures["kl"] > 0
     assert base.backbone.gain.grad is None
-    assert loss.item() != pytest.approx(math.log(2), abs=1e-3)
     alone, _ = replace(to_base, kl=0.0).loss(policy, base, judged, generator())
     assert loss.item() == pytest.approx(alone.item() + 0.01 * figures["kl"], rel=1e-5)
+    assert alone.item() != pytest.approx(math.log(2), abs=1e-3)
+    to_sampler, _ = replace(to_base, anchor="sampler").loss(policy, base, judged, generator())
+    assert to_sampler.item() == pytest.approx(math.log(2) + 0.01 * figures["kl"], rel=1e-5)
     calls = len(base.backbone.calls)
     D3PO(mean_value, rollouts=SMALL).loss(policy, base, judged, generator())
     assert len(base.backbone.calls) == calls  # the sampler's log-probabilities were kept: the reference is not asked
