@@ -13,7 +13,7 @@ compared, None makes all one group.
                             k, over the front's extent in it              NSGA-II, Deb et al., 2002
 
 Why epsilon: with k rewards that do not agree nearly everything is non-dominated. Of 24 independent
-Gaussian samples 17, 30, 52, 67 per cent are, for k = 2, 3, 4, 5, and a filter that keeps two thirds
+Gaussian samples 16, 33, 52, 68 per cent are, for k = 2, 3, 4, 5, and a filter that keeps two thirds
 filters little. Where more than half is kept, raise epsilon (0.1 to 0.25 standard deviations of each
 reward), or use ranks and crowding. Boxes, unlike "no worse by more than epsilon", are transitive:
 never does a circle of samples remove one another until none is left.
