@@ -23,7 +23,7 @@ from diffalign.methods import build_method
 from diffalign.methods.table import METHODS, NOISE, names
 
 PIPELINES = ("shapes-turbo", "shapes")
-REWARDS = ("shapes-clip", "shapes-preference", "shapes-aesthetic")
+REWARDS = ("shapes-reward", "shapes-clip", "shapes-preference", "shapes-aesthetic")
 NO_SEARCH = "none"
 MOST_BUDGET, LONGEST_PROMPT = 100, 2000
 REFRESH = 0.15  # seconds between updates of the page; each one is sent to the browser whole

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import argparse
 
 DEFAULT_PIPELINE = "shapes-turbo"
-# For the shapes pipelines; the others must be told, since these rewards know shapes alone. shapes-clip counts in hundredths of a cosine.
-DEFAULT_REWARD = {"shapes-clip": 0.2, "shapes-preference": 1.0}
+# For the shapes pipelines; the others must be told, since this reward knows shapes alone.
+DEFAULT_REWARD = {"shapes-reward": 1.0}
 
 
 def load_parts(args: argparse.Namespace, mix: Mapping[str, float]) -> tuple[Any, Any]:
