@@ -11,7 +11,8 @@ OUT ?= outputs/demo
 PROMPT ?= a red circle left of a blue square
 PYTEST_ARGS ?=
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
-STAGES ?= autoencoder text decoder base judge-base turbo judge-turbo shapes-clip shapes-preference shapes-aesthetic
+STAGES ?= autoencoder text decoder base judge-base turbo judge-turbo shapes-clip shapes-preference shapes-aesthetic \
+	captioner shapes-reward judge-shapes-reward shapes-watch judge-shapes-watch judge-rewards flow judge-flow
 TRAIN_ARGS ?=
 
 BIN := $(VENV)/bin

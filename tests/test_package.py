@@ -15,7 +15,7 @@ import pytest
 import diffalign
 from tests.places import ROOT, WEIGHTS, linked, sources
 
-MODELS = ("shapes", "shapes-turbo", "shapes-clip", "shapes-preference", "shapes-aesthetic")
+MODELS = ("shapes", "shapes-turbo", "shapes-clip", "shapes-preference", "shapes-aesthetic", "shapes-reward", "shapes-watch")
 MOST_BYTES = 40_000_000
 TEXT = {".json", ".txt", ".md"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

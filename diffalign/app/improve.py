@@ -129,8 +129,9 @@ def with_named_weights(handler: Callable[..., Any], rewards: Sequence[str]) -> C
 
 
 def methods_hint() -> str:
-    """What each search does, from the table of methods."""
-    return " ".join(f"{row.name}: {row.summary}." for row in METHODS if row.kind == NOISE)
+    """What to know before choosing; what each method does is in docs/methods.md."""
+    steered = [row.name for row in METHODS if row.kind == NOISE and row.needs_steps]
+    return f"How the budget is spent. {', '.join(steered)} steer a denoising of several steps: choose the model shapes for them."
 
 
 def check(prompt: str, budget: float, seed: float, weights: Sequence[float]) -> tuple[int, int]:
