@@ -17,7 +17,7 @@ from torch import Tensor
 from diffalign.diffusion import Schedule
 
 NEGATIVE = "negative_"
-Times = float | Float[Tensor, " b"]
+Times = int | float | Float[Tensor, " b"]
 """What the network is told of the time: one number for all samples, or one for each."""
 
 

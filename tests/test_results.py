@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from diffalign.benchmarks.report import markdown
 from diffalign.commands.compare import markdown as compared
+from tests.places import ROOT, linked
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 
 def tables(text: str) -> list[str]:
@@ -52,4 +52,4 @@ def test_pages_link_to_what_is_there():
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             if "://" not in target and not target.startswith("#"):
-                assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+                assert linked(page, target.partition("#")[0]).exists(), f"{page.name}: {target}"

@@ -24,7 +24,7 @@ TEXT_APART = [*SHAPES[:2], "shapes-watch", "clip-l14", "clip-h14", "clip-bigg14"
 
 
 def test_the_table_costs_no_heavy_import():
-    code = "import sys, reward_models; reward_models.spec_of('shapes-clip'); print('torch' in sys.modules or 'open_clip' in sys.modules)"
+    code = "import sys; from diffalign import reward_models; reward_models.spec_of('shapes-clip'); print('torch' in sys.modules or 'open_clip' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 

@@ -16,6 +16,7 @@ from diffalign.benchmarks.geneval_rules import TASKS
 from diffalign.shapes.train import card as cards
 from diffalign.shapes.train import rewards_judged
 from diffalign.shapes.train.loop import LoopConfig
+from tests.places import ROOT
 
 WEIGHTS = Path(diffalign.shapes.__file__).parent / "weights"
 OPTIMISED = ("shapes-clip", "shapes-preference", "shapes-reward")
@@ -88,5 +89,5 @@ def test_climbs_are_told_by_their_stations(tmp_path):
 def test_the_table_of_the_page_is_that_of_the_cards():
     if not all("judged" in card(name)["figures"] for name in ("shapes-clip", "shapes-preference")):
         pytest.skip("not all rewards are judged yet")
-    page = (WEIGHTS.parents[2] / "docs" / "shapes.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "shapes.md").read_text(encoding="utf-8")
     assert rewards_judged.auc_table(WEIGHTS) in page
