@@ -56,7 +56,7 @@ def test_it_learns_the_direction_of_the_reward():
     assert sum(gains) / 6 > 1.5
 
 
-def test_the_papers_setting_learns_as_the_brief_worked_out():
+def test_the_papers_setting_learns_a_little():
     """Small steps: 150 of 0.001 move mu by at most 0.15 an entry; the gain is small, positive, and of the size of cos sqrt(D) rms(mu)."""
     gains = []
     for seed in range(8):
