@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+# Before torch is imported: `set_num_threads` is for this thread alone, and a server's would sum in another order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
