@@ -34,7 +34,7 @@ def pipeline_name(text: str) -> str:
         return text
     try:
         get_preset(text)
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
 

@@ -92,8 +92,7 @@ class FKSteering:
             nonlocal last, best
             if state.index not in weighed or self.strength == 0:
                 return None
-            scores = self.reward(loop.decode(state.x0), [problem.prompts[samples[row]] for row in state.rows]).total.float().cpu()
-            scores = torch.where(scores.isfinite(), scores, torch.full_like(scores, -math.inf))
+            scores = predicted_scores(state, loop, self.reward, [problem.prompts[samples[row]] for row in state.rows])
             if self.potential == "difference":
                 logs = self.strength * (scores - last)
             else:
@@ -165,8 +164,7 @@ class SeedPruning:
         def prune(state: LoopState) -> LoopState | None:
             if state.index not in kept:
                 return None
-            scores = self.reward(loop.decode(state.x0), [problem.prompts[samples[row]] for row in state.rows]).total.float().cpu()
-            scores = torch.where(scores.isfinite(), scores, torch.full_like(scores, -math.inf))
+            scores = predicted_scores(state, loop, self.reward, [problem.prompts[samples[row]] for row in state.rows])
             alive = len(state.rows) // b
             best = scores.view(b, alive).argsort(dim=1, descending=True, stable=True)[:, : kept[state.index]].sort(dim=1).values
             return state.take([i * alive + int(j) for i in range(b) for j in best[i]])
@@ -200,6 +198,12 @@ def particles(problem: NoiseProblem, count: int) -> Float[Tensor, "k ..."]:
 def record(tracker: Tracker, problem: NoiseProblem, reward: Reward, noise: Tensor, images: Tensor, rows: Sequence[int]) -> None:
     """Scores finished images and enters them."""
     tracker.record(list(rows), noise, images, reward(images, [problem.prompts[row] for row in rows]))
+
+
+def predicted_scores(state: LoopState, loop: DenoisingLoop, reward: Reward, prompts: list[str]) -> Float[Tensor, " k"]:
+    """What the reward makes of each row's predicted image, on the host; minus infinity where it is not finite."""
+    scores = reward(loop.decode(state.x0), prompts).total.float().cpu()
+    return torch.where(scores.isfinite(), scores, torch.full_like(scores, -math.inf))
 
 
 def weighings(steps: int, start: float, stop: float, every: float) -> set[int]:
