@@ -37,6 +37,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffalign.methods.checks import check_flag, check_integer, check_number
+from diffalign.methods.search import score_noises
 from diffalign.methods.tracking import Tracker
 from diffalign.noise import NoiseDistribution, seeded_noise, spread
 from diffalign.types import NoiseProblem, NoiseResult, Reward
@@ -146,12 +147,7 @@ class FIND:
         noise = torch.cat(draws)
         rows = list(range(b)) * count
         kl = policy.kl_per_entry().repeat(count)
-        totals: list[float] = []
-        for at in range(0, len(rows), self.batch_size or len(rows)):
-            part = slice(at, at + (self.batch_size or len(rows)))
-            images = problem.generate(noise[part], rows[part])
-            scores = self.reward(images, [problem.prompts[row] for row in rows[part]])
-            totals += tracker.record(rows[part], noise[part], images, scores, {"kl_per_entry": kl[part]})["total"]
+        totals = score_noises(problem, tracker, self.reward, rows, noise, {"kl_per_entry": kl}, self.batch_size or len(rows))
         for j, total in enumerate(totals):
             if not math.isfinite(total):
                 logger.warning("%s: %s has reward %s at candidate %d, which teaches nothing.",

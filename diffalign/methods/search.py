@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from diffalign.methods.checks import check_integer, formerly
 from diffalign.methods.tracking import Tracker
@@ -79,3 +81,17 @@ def try_candidates(problem: NoiseProblem, tracker: Tracker, reward: Reward, coun
         for (k, i), total in zip(chunk, totals, strict=True):
             if not math.isfinite(total):
                 logger.warning("%s: %s has reward %s at candidate %d, which is left out.", name, tracker.describe(i), total, k)
+
+
+def score_noises(
+    problem: NoiseProblem, tracker: Tracker, reward: Reward, rows: list[int], noise: Tensor, diagnostics: Mapping[str, Tensor], size: int
+) -> list[float]:
+    """Makes, scores and enters noises of samples `rows`, `size` images at once; returns their totals."""
+    totals: list[float] = []
+    for at in range(0, len(rows), size):
+        part = slice(at, at + size)
+        images = problem.generate(noise[part], rows[part])
+        scores = reward(images, [problem.prompts[row] for row in rows[part]])
+        told = {name: values[part] for name, values in diagnostics.items()}
+        totals += tracker.record(rows[part], noise[part], images, scores, told)["total"]
+    return totals

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.methods.checks import check_flag, check_integer, check_number
-from diffalign.methods.search import try_candidates
+from diffalign.methods.search import score_noises, try_candidates
 from diffalign.methods.tracking import Tracker
 from diffalign.noise import sample_norm, seeded_noise, spread, tangent, with_norm
 from diffalign.types import NoiseProblem, NoiseResult, Reward
@@ -103,10 +103,5 @@ class ZeroOrder:
     def _try(self, problem: NoiseProblem, tracker: Tracker, tried: Float[Tensor, "k b ..."], angle: Float[Tensor, " b"]) -> None:
         """Makes, scores and records one round."""
         rows, noise = list(range(len(problem.noise))) * len(tried), tried.flatten(0, 1)
-        angles = angle.repeat(len(tried))
         size = self.batch_size or max(problem.batch_size or 0, len(problem.noise))
-        for at in range(0, len(rows), size):
-            part = slice(at, at + size)
-            images = problem.generate(noise[part], rows[part])
-            scores = self.reward(images, [problem.prompts[row] for row in rows[part]])
-            tracker.record(rows[part], noise[part], images, scores, {"angle": angles[part]})
+        score_noises(problem, tracker, self.reward, rows, noise, {"angle": angle.repeat(len(tried))}, size)
