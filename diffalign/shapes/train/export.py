@@ -31,7 +31,7 @@ def load_parts(run: Path) -> tuple[AutoencoderKL, CLIPTokenizer, CLIPTextModel]:
     return (
         load_autoencoder(run),
         CLIPTokenizer.from_pretrained(_made_by("text", run / "tokenizer")),
-        CLIPTextModel.from_pretrained(_made_by("text", run / "text_encoder")),
+        CLIPTextModel.from_pretrained(_made_by("text", run / "text_encoder"), dtype=torch.float32),
     )
 
 
