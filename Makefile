@@ -54,7 +54,7 @@ format: $(VENV)/.diffalign-dev ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train-shapes: $(VENV)/.diffalign ## train the embedded models anew: hours, resumable; STAGES=... for some, TRAIN_ARGS="--device cuda"
+train-shapes: $(VENV)/.diffalign-measures ## train the embedded models anew: hours, resumable; STAGES=... for some, TRAIN_ARGS="--device cuda"
 	$(BIN)/python -m diffalign.shapes.train $(STAGES) $(TRAIN_ARGS)
 
 over-optimisation: $(VENV)/.diffalign ## the table of docs/reward_mixing.md: half an hour on one core, resumable
@@ -78,11 +78,16 @@ $(VENV)/.diffalign-app: pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install $(EDITABLE) ".[app]"
 	@touch $@ $(VENV)/.diffalign
 
+$(VENV)/.diffalign-measures: pyproject.toml | $(BIN)/pip
+	@rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip install $(EDITABLE) ".[measures]"
+	@touch $@ $(VENV)/.diffalign
+
 $(VENV)/.diffalign-dev: pyproject.toml | $(BIN)/pip
 	@rm -rf build/lib build/bdist.*
 	@echo "Installing diffalign and its tests into $(VENV). PyTorch is several gigabytes, so the first time takes minutes."
 	$(BIN)/python -m pip install $(EDITABLE) ".[dev,app]"
-	@touch $@ $(VENV)/.diffalign $(VENV)/.diffalign-app
+	@touch $@ $(VENV)/.diffalign $(VENV)/.diffalign-app $(VENV)/.diffalign-measures
 
 $(BIN)/pip:
 	@python="$(PYTHON)"; \
