@@ -130,6 +130,27 @@ def read_lines(path: Path) -> list[Any]:
         raise ValueError(f"{path} has a line that is not valid JSON ({error}); delete it and run again") from error
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object per line, as GenEval's results.jsonl."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What `write_rows` wrote, or another program. Raises ValueError naming a line that is no JSON object.
+
+    Lines end at newlines alone: text in them may hold other marks that Python's splitlines takes for ends, such as U+2028.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is not a JSON object: {line[:80]!r}") from error
+    return rows
+
+
 _MADE: list[Path] = []
 
 

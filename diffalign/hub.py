@@ -23,7 +23,7 @@ __all__ = ["guided", "judge_name", "load_judge", "load_pipeline", "load_reward",
 VLM_JUDGE = "vlm-judge"
 _DETECTOR_FACTS: Mapping[str, Any] = MappingProxyType(
     {
-        "target": "diffalign.benchmarks.detector_reward:DetectorReward",
+        "target": "diffalign.benchmarks.geneval.detector_reward:DetectorReward",
         "licence": "detector CC BY-NC 4.0 (the hub's weights) or Apache-2.0 (mmdet's, as a source); CLIP MIT",
         "differentiable": False,
         "checkpoint": {"detector": "hf", "clip": "openai/clip-vit-large-patch14"},
@@ -116,8 +116,8 @@ def reward_specs() -> Mapping[str, Spec]:
 
 def _load_detector_reward(name: str, source: Any, device: str) -> Any:
     """Raises ValueError for parts that there are not, OSError where weights cannot be had."""
-    from diffalign.benchmarks.detector_reward import DetectorReward
-    from diffalign.benchmarks.geneval_models import load_colors, load_detector
+    from diffalign.benchmarks.geneval.detector_reward import DetectorReward
+    from diffalign.benchmarks.geneval.weights import load_colors, load_detector
 
     given = {"detector": source} if isinstance(source, (str, Path)) else dict(source or {})
     places = {**DETECTOR_REWARDS[name]["checkpoint"], **given}

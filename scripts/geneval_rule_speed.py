@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from diffalign.benchmarks.geneval_prompts import OBJECTS, metadata
-from diffalign.benchmarks.geneval_results import result_row, score
-from diffalign.benchmarks.geneval_reward import partial_credit
-from diffalign.benchmarks.geneval_rules import COLORS, Detection, Limits, evaluate, keep
+from diffalign.benchmarks.geneval.partial_credit import partial_credit
+from diffalign.benchmarks.geneval.prompts import OBJECTS, metadata
+from diffalign.benchmarks.geneval.results import result_row, score
+from diffalign.rules import COLORS, Detection, Limits, evaluate, keep
 
 OTHERS_PER_IMAGE = 6
 

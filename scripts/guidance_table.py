@@ -26,10 +26,9 @@ import torch
 from tqdm import tqdm
 
 from diffalign.benchmarks.shapes import ShapesBenchmark
-from diffalign.benchmarks.similarity import perceptual_distance, ssim
-from diffalign.benchmarks.statistics import paired_difference
 from diffalign.commands import evaluation
 from diffalign.commands.train import sampler
+from diffalign.evaluation.similarity import perceptual_distance, ssim
 from diffalign.files import read_json, whole_file, write_json, write_text
 from diffalign.hub import load_pipeline
 from diffalign.methods.adaptive_guidance import AdaptiveGuidance, calibrate
@@ -39,6 +38,7 @@ from diffalign.methods.guidance_search import SearchedGuidance, SearchSettings, 
 from diffalign.methods.linear_guidance import LinearCoefficients, LinearGuidance, LinearSettings
 from diffalign.methods.linear_guidance_fit import LinearFit
 from diffalign.pipelines.presets import get_preset
+from diffalign.reports.statistics import paired_difference
 from diffalign.shapes.detector import judge_images
 
 REFRESH = (3, 4)

@@ -32,10 +32,10 @@ import torch
 
 import diffalign
 from diffalign import reward_models
-from diffalign.benchmarks.report import interval, table
 from diffalign.benchmarks.shapes import ShapesBenchmark
-from diffalign.benchmarks.statistics import overall_estimate, paired_difference
 from diffalign.files import differing_settings, read_json, write_json, write_text
+from diffalign.reports.statistics import overall_estimate, paired_difference
+from diffalign.reports.summary import interval, table
 from diffalign.rewards import Calibration, RewardMix
 from diffalign.rewards.calibration import calibrate
 from diffalign.rewards.panel import panel

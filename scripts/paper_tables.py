@@ -23,10 +23,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from diffalign.benchmarks.pages import report_page
-from diffalign.benchmarks.report import interval, read_rows, table
 from diffalign.cli import main as diffalign
-from diffalign.files import read_json, write_json, write_text
+from diffalign.files import read_json, read_rows, write_json, write_text
+from diffalign.reports.pages import report_page
+from diffalign.reports.summary import interval, table
 
 RENO_REWARDS = ("hpsv2.1=5", "image-reward=1", "clip-h14=0.01", "pickscore=0.05")  # the released code's weights, in these units
 GENEVAL = ("overall", "single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 import diffalign
-from diffalign.benchmarks.statistics import paired_difference
 from diffalign.commands import evaluation
 from diffalign.files import write_json
+from diffalign.reports.statistics import paired_difference
 from diffalign.shapes import prompts
 from diffalign.shapes.detector import judge_images
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.benchmarks.geneval_rules import TASKS
 from diffalign.cli import main
+from diffalign.rules import TASKS
 
 FILES = {"settings.json", "results.jsonl", "units.jsonl", "protocol.json", "LIMITED.txt"}
 

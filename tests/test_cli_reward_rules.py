@@ -68,7 +68,7 @@ def test_generate_shows_the_gap(tiny_folder, calibration, tmp_path):
     assert trace["panel"]["gap"][0] == 0
     with_panel = Image.open(folder / "rewards.png").height
 
-    from diffalign.plots import rewards_plot
+    from diffalign.reports.plots import rewards_plot
 
     del trace["panel"]
     assert rewards_plot(trace).height < with_panel

@@ -46,10 +46,10 @@ PLANTED = [
     ("diffalign/reward_models/__init__.py", "diffalign.methods.search"),
     ("diffalign/pipelines/__init__.py", "diffalign.hub"),
     ("diffalign/rewards/mix.py", "diffalign.reward_models"),
-    ("diffalign/benchmarks/report.py", "diffalign.methods.reno"),  # more than a protocol
-    ("diffalign/shapes/scenes.py", "diffalign.benchmarks.report"),  # more than the rules
+    ("diffalign/reports/summary.py", "diffalign.methods.reno"),  # more than a protocol
+    ("diffalign/shapes/scenes.py", "diffalign.benchmarks.base"),  # more than the rules
     ("diffalign/pipelines/outputs.py", "diffalign.shapes.detector"),  # the judge
-    ("diffalign/benchmarks/detector_reward.py", "diffalign.shapes.detector"),  # a reward from the judge
+    ("diffalign/benchmarks/geneval/detector_reward.py", "diffalign.shapes.detector"),  # a reward from the judge
     ("diffalign/training/contract.py", "diffalign.pipelines.presets"),  # more than a protocol
     ("diffalign/hub.py", "diffalign.app"),
     ("diffalign/commands/bench.py", "gradio"),

@@ -41,8 +41,8 @@ def detector(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_input(monkeypatch):
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.SHORT_SIDE", 64)
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.LONG_SIDE", 107)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.SHORT_SIDE", 64)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.LONG_SIDE", 107)
 
 
 @pytest.fixture

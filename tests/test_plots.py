@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.plots import GREEN, RED, Pair, distributions, enlarge, grid, panel_plot, rewards_plot, strip
+from diffalign.reports.plots import GREEN, RED, Pair, distributions, enlarge, grid, panel_plot, rewards_plot, strip
 
 
 def plain(color, size=(64, 64)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from diffalign.benchmarks.report import markdown
 from diffalign.commands.compare import markdown as compared
+from diffalign.reports.summary import markdown
 from tests.places import ROOT, linked
 
 DOCS = ROOT / "docs"

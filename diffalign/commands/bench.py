@@ -24,7 +24,7 @@ from tqdm import tqdm
 from diffalign.commands import compare, config, evaluation, judging, lora, options, panels, resolved
 from diffalign.commands.generate import Interrupted
 from diffalign.commands.kinds import KINDS
-from diffalign.files import read_json, require_writable
+from diffalign.files import read_json, require_writable, write_rows
 
 COMPARE = "compare"
 SHAPES_BATCH = 32
@@ -280,7 +280,7 @@ def maker(
 
 def report(args: argparse.Namespace, benchmark: Any, methods: Sequence[str], mix: Mapping[str, float]) -> str:
     """Judges what lies on disk, writes results.jsonl, summary.json, table.md and the grid, and returns the tables."""
-    from diffalign.benchmarks.report import Judged, write_report, write_rows
+    from diffalign.reports.summary import Judged, write_report
 
     items, kind = benchmark.items(), KINDS[args.benchmark]
     rows, left_out = judging.rows_in_common(args, benchmark, methods)
@@ -358,7 +358,7 @@ def draw_grid(args: argparse.Namespace, items: Sequence[Any], judged: Mapping[st
 
     from diffalign.benchmarks.base import read_image
     from diffalign.files import whole_file
-    from diffalign.plots import Pair, grid
+    from diffalign.reports.plots import Pair, grid
 
     rng = np.random.default_rng(args.seed)
     chosen: list[int] = []

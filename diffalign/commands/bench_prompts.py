@@ -32,8 +32,8 @@ class Later:
 
 
 def build(args: argparse.Namespace, common: Mapping[str, Any]) -> Any:
-    from diffalign.benchmarks.prompt_benchmark import PromptBenchmark
-    from diffalign.benchmarks.prompt_sets import read_prompt_set
+    from diffalign.benchmarks.prompt_list import PromptBenchmark
+    from diffalign.benchmarks.prompt_sets.lists import read_prompt_set
 
     return PromptBenchmark(read_prompt_set(args.benchmark, args.prompts), **common)
 
@@ -57,7 +57,7 @@ def require_rewards(args: argparse.Namespace) -> None:
 
 
 def with_rewards(args: argparse.Namespace, benchmark: Any, device: str) -> Any:
-    from diffalign.benchmarks.preference import RewardScorer
+    from diffalign.benchmarks.prompt_sets.preference import RewardScorer
     from diffalign.hub import load_reward, reward_specs
 
     def later(name: str) -> Later:
@@ -72,7 +72,7 @@ def hpsv2_official(benchmark: Any, folder: Path, rows: Sequence[Mapping[str, Any
     """hpsv2.txt: each reward's styles, as the official evaluator prints them: mean and spread of ten groups."""
     if benchmark.name != "hpsv2":
         return
-    from diffalign.benchmarks.preference import hpsv2_table
+    from diffalign.benchmarks.prompt_sets.preference import hpsv2_table
     from diffalign.files import write_text
 
     lines = [
@@ -108,7 +108,7 @@ def require_judge(args: argparse.Namespace) -> None:
 
 
 def _panel(args: argparse.Namespace, device: str) -> Any:
-    from diffalign.benchmarks.vqa import Panel
+    from diffalign.benchmarks.models.vqa import Panel
     from diffalign.hub import judge_name, load_judge
 
     source = None if args.judge == VLM else args.judge
@@ -116,8 +116,8 @@ def _panel(args: argparse.Namespace, device: str) -> Any:
 
 
 def with_dpg_judge(args: argparse.Namespace, benchmark: Any, device: str) -> Any:
-    from diffalign.benchmarks.dpg_judge import DpgScorer
-    from diffalign.benchmarks.vqa import GivenAnswers
+    from diffalign.benchmarks.dpg.judge import DpgScorer
+    from diffalign.benchmarks.models.vqa import GivenAnswers
 
     answers = GivenAnswers.read(args.answers) if args.answers else _panel(args, device)
     return dataclasses.replace(benchmark, scorers=[DpgScorer(answers, dpg_questions(args, benchmark))])
@@ -125,9 +125,9 @@ def with_dpg_judge(args: argparse.Namespace, benchmark: Any, device: str) -> Any
 
 def dpg_questions(args: argparse.Namespace, benchmark: Any) -> Any:
     """Item id -> questions, of every prompt that is run. Raises FileNotFoundError where the question file is not at hand."""
-    from diffalign.benchmarks.dpg import parse_questions
-    from diffalign.benchmarks.dpg_judge import require_questions
-    from diffalign.benchmarks.prompt_sets import HOMES
+    from diffalign.benchmarks.dpg.judge import require_questions
+    from diffalign.benchmarks.dpg.questions import parse_questions
+    from diffalign.benchmarks.prompt_sets.lists import HOMES
     from diffalign.benchmarks.sources import read_source
 
     source = args.questions or args.prompts
@@ -147,20 +147,20 @@ def dpg_ready(args: argparse.Namespace, benchmark: Any) -> None:
 
 
 def dpg_categories(benchmark: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    from diffalign.benchmarks.dpg_judge import categories
+    from diffalign.benchmarks.dpg.judge import categories
 
     return categories(rows, benchmark.scorers[0].questions)
 
 
 def dpg_official(benchmark: Any, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    from diffalign.benchmarks.dpg_judge import write_official
+    from diffalign.benchmarks.dpg.judge import write_official
 
     write_official(folder, rows, dpg_categories(benchmark, rows))
 
 
 def dpg_import(args: argparse.Namespace, benchmark: Any) -> None:
     """--images with upstream's grids: cut into OUT/tiles, which are judged instead."""
-    from diffalign.benchmarks.dpg_judge import cut_grids
+    from diffalign.benchmarks.dpg.judge import cut_grids
 
     items = benchmark.items()
     if any((args.images / f"{item.metadata['item_id']}.png").is_file() for item in items):
@@ -169,25 +169,25 @@ def dpg_import(args: argparse.Namespace, benchmark: Any) -> None:
 
 
 def dpg_export(benchmark: Any, folder: Path) -> None:
-    from diffalign.benchmarks.dpg_judge import write_grids
+    from diffalign.benchmarks.dpg.judge import write_grids
 
     write_grids(benchmark.items(), folder)
 
 
 def with_geneval2_judge(args: argparse.Namespace, benchmark: Any, device: str) -> Any:
-    from diffalign.benchmarks.geneval2 import GenEval2Scorer, GivenScores
+    from diffalign.benchmarks.geneval2.judge import GenEval2Scorer, GivenScores
 
     scorer = GivenScores.read(args.answers) if args.answers else GenEval2Scorer(_panel(args, device))
     return dataclasses.replace(benchmark, scorers=[scorer])
 
 
 def geneval2_official(benchmark: Any, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    from diffalign.benchmarks.geneval2 import write_official
+    from diffalign.benchmarks.geneval2.judge import write_official
 
     write_official(folder, rows, benchmark.items())
 
 
 def geneval2_skills(benchmark: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    from diffalign.benchmarks.geneval2 import skills
+    from diffalign.benchmarks.geneval2.judge import skills
 
     return skills(rows)

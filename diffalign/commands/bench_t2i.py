@@ -11,8 +11,8 @@ DETECTOR = "owlv2"
 
 
 def build(args: argparse.Namespace, common: Mapping[str, Any]) -> Any:
-    from diffalign.benchmarks.t2i_compbench import T2ICompBench
-    from diffalign.benchmarks.t2i_prompts import CATEGORIES
+    from diffalign.benchmarks.t2i_compbench.benchmark import T2ICompBench
+    from diffalign.benchmarks.t2i_compbench.prompts import CATEGORIES
 
     return T2ICompBench(args.prompts, categories=args.category or tuple(CATEGORIES), split=args.split, **common)
 
@@ -23,11 +23,11 @@ def settings(args: argparse.Namespace, benchmark: Any) -> dict[str, Any]:
 
 
 def with_judge(args: argparse.Namespace, benchmark: Any, device: str) -> Any:
-    from diffalign.benchmarks import t2i_models
-    from diffalign.benchmarks.t2i_numeracy import Vocabulary
-    from diffalign.benchmarks.t2i_prompts import CATEGORIES, read_lines
-    from diffalign.benchmarks.t2i_scorers import BlipVqaScorer, ClipScorer, NumeracyScorer, Spatial2DScorer, Spatial3DScorer
-    from diffalign.benchmarks.t2i_three_in_one import Kinds
+    from diffalign.benchmarks.t2i_compbench import models as t2i_models
+    from diffalign.benchmarks.t2i_compbench.numeracy import Vocabulary
+    from diffalign.benchmarks.t2i_compbench.prompts import CATEGORIES, read_lines
+    from diffalign.benchmarks.t2i_compbench.scorers import BlipVqaScorer, ClipScorer, NumeracyScorer, Spatial2DScorer, Spatial3DScorer
+    from diffalign.benchmarks.t2i_compbench.three_in_one import Kinds
 
     wanted = {CATEGORIES[category].scorer for category in benchmark.categories}
     annotations = grammar(args, benchmark)
@@ -56,8 +56,8 @@ def grammar(args: argparse.Namespace, benchmark: Any) -> Any:
 
     None where no category needs them. Raises ValueError where a prompt is not in the file, ImportError without file and spaCy.
     """
-    from diffalign.benchmarks.t2i_language import Annotations, annotate
-    from diffalign.benchmarks.t2i_prompts import CATEGORIES
+    from diffalign.benchmarks.t2i_compbench.language import Annotations, annotate
+    from diffalign.benchmarks.t2i_compbench.prompts import CATEGORIES
 
     prompts = list(dict.fromkeys(item.prompt for item in benchmark.items() if CATEGORIES[item.task].scorer in ("BLIP-VQA", "3-in-1")))
     if not prompts:
@@ -78,18 +78,18 @@ def grammar(args: argparse.Namespace, benchmark: Any) -> Any:
 
 
 def official(benchmark: Any, folder: Any, rows: Any) -> None:
-    from diffalign.benchmarks.t2i_compbench import write_upstream_results
+    from diffalign.benchmarks.t2i_compbench.benchmark import write_upstream_results
 
     write_upstream_results(folder, rows)
 
 
 def _finder(args: argparse.Namespace, device: str) -> Any:
-    from diffalign.benchmarks.t2i_scorers import GivenDetections, OpenVocabulary
+    from diffalign.benchmarks.t2i_compbench.scorers import GivenDetections, OpenVocabulary
 
     if args.detections:
-        from diffalign.benchmarks.t2i_detections import read_detections
+        from diffalign.benchmarks.t2i_compbench.detections import read_detections
 
         return GivenDetections(read_detections(args.detections))
-    from diffalign.benchmarks.open_vocabulary import load_detector
+    from diffalign.benchmarks.models.open_vocabulary import load_detector
 
     return OpenVocabulary(load_detector(args.detector or DETECTOR, device))

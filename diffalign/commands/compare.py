@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from diffalign.files import read_json, require_writable, whole_file, write_json, write_text
+from diffalign.files import read_json, read_rows, require_writable, whole_file, write_json, write_text
 
 MUST_AGREE = ("benchmark", "split", "prompt list", "prompt lists", "samples", "scorer", "scorers", "limits")
 SAME_NOISES = ("pipeline", "seed")
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     plots = draw(result, args.out) if args.out else {}
     print(markdown(result), end="")
     if args.out:
-        from diffalign.benchmarks.pages import report_page
+        from diffalign.reports.pages import report_page
 
         text = markdown(result, plots)
         write_json(args.out / "compare.json", result)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def compare_all(folders: Sequence[Path], allow_missing: bool = False) -> dict[str, Any]:
     """The comparison as plain JSON data, measure by measure. Raises ValueError where runs cannot be compared, naming what differs."""
-    from diffalign.benchmarks.report import estimates, few_prompts, measures
+    from diffalign.reports.summary import estimates, few_prompts, measures
 
     rows, facts = [_rows(folder) for folder in folders], [_facts(folder) for folder in folders]
     kept, notes = _shared(folders, rows, facts, allow_missing)
@@ -93,8 +93,8 @@ def compare(a: Path, b: Path, allow_missing: bool = False) -> dict[str, Any]:
 
 def _pair(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], measure: str | None) -> dict[str, Any]:
     """Two runs task by task."""
-    from diffalign.benchmarks.report import columns, estimates
-    from diffalign.benchmarks.statistics import discordance, paired_task_differences
+    from diffalign.reports.statistics import discordance, paired_task_differences
+    from diffalign.reports.summary import columns, estimates
 
     x, prompts, tasks = columns(a, measure)
     y, _, _ = columns(b, measure)
@@ -113,8 +113,8 @@ def _pair(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], measur
 
 def _curve(folders: Sequence[Path], rows: Sequence[Any], facts: Sequence[Mapping[str, Any]], measure: str | None) -> dict[str, Any]:
     """Every run as a point of score and cost; of more than two, what each gains over the first, and over others at equal evaluations."""
-    from diffalign.benchmarks.curves import Point, equal_pairs
-    from diffalign.benchmarks.statistics import holm
+    from diffalign.reports.curves import Point, equal_pairs
+    from diffalign.reports.statistics import holm
 
     names = _lines(facts, folders)
     points = [
@@ -141,23 +141,23 @@ def _lines(facts: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> list[
 
 
 def _cost(folder: Path) -> dict[str, float | None]:
-    from diffalign.benchmarks.report import mean_cost, read_rows
+    from diffalign.reports.summary import mean_cost
 
     path = folder / "units.jsonl"
     return mean_cost(read_rows(path) if path.is_file() else [])
 
 
 def _overall(rows: Sequence[Mapping[str, Any]], measure: str | None) -> dict[str, Any]:
-    from diffalign.benchmarks.report import columns, strata
-    from diffalign.benchmarks.statistics import overall_estimate
+    from diffalign.reports.statistics import overall_estimate
+    from diffalign.reports.summary import columns, strata
 
     values, prompts, tasks = columns(rows, measure)
     return asdict(overall_estimate(values, prompts, strata(tasks, pooled=measure is not None)))
 
 
 def _difference(to: Sequence[Mapping[str, Any]], of: Sequence[Mapping[str, Any]], measure: str | None) -> dict[str, Any]:
-    from diffalign.benchmarks.report import columns, strata
-    from diffalign.benchmarks.statistics import paired_difference
+    from diffalign.reports.statistics import paired_difference
+    from diffalign.reports.summary import columns, strata
 
     (y, prompts, tasks), (x, _, _) = columns(to, measure), columns(of, measure)
     return asdict(paired_difference(y, x, prompts, strata(tasks, pooled=measure is not None)))
@@ -168,7 +168,7 @@ def _difference(to: Sequence[Mapping[str, Any]], of: Sequence[Mapping[str, Any]]
 
 def markdown(result: Mapping[str, Any], plots: Mapping[str, str] | None = None) -> str:
     """The comparison as tables. plots: measure -> the file its curve is in."""
-    from diffalign.benchmarks.report import stamped
+    from diffalign.reports.summary import stamped
 
     parts = []
     for name, found in result["measures"].items():
@@ -198,7 +198,7 @@ def _facts_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _pair_table(found: Mapping[str, Any]) -> str:
-    from diffalign.benchmarks.report import P_VALUES, interval, p_values, table
+    from diffalign.reports.summary import P_VALUES, interval, p_values, table
 
     lines = []
     tasks = list(found["difference"]["tasks"])
@@ -210,14 +210,14 @@ def _pair_table(found: Mapping[str, Any]) -> str:
 
 
 def _points_table(points: Sequence[Mapping[str, Any]]) -> str:
-    from diffalign.benchmarks.report import COSTS, cost_cells, interval, table
+    from diffalign.reports.summary import COSTS, cost_cells, interval, table
 
     lines = [[f"{_letter(i)}: {point['line']}", interval(point["score"]), *cost_cells(point["cost"])] for i, point in enumerate(points)]
     return table(["run", "overall", *COSTS.values()], lines)
 
 
 def _differences_table(found: Mapping[str, Any]) -> str:
-    from diffalign.benchmarks.report import P_VALUES, interval, p_values, table
+    from diffalign.reports.summary import P_VALUES, interval, p_values, table
 
     names = [f"{_letter(i)}: {point['line']}" for i, point in enumerate(found["points"])]
     lines = [
@@ -239,7 +239,7 @@ def _letter(i: int) -> str:
 
 def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """A curve of each measure for which costs are known, as PNG. Measure -> file name."""
-    from diffalign.benchmarks.curves import Point, plot
+    from diffalign.reports.curves import Point, plot
 
     files = {}
     for number, (name, found) in enumerate(result["measures"].items()):
@@ -256,8 +256,6 @@ def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    from diffalign.benchmarks.report import read_rows
-
     path = folder / "results.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a judged run: it has no results.jsonl; give the folder of one method, such as RUN/none")

@@ -258,7 +258,7 @@ def save(job: Job, record: dict[str, Any], output: Any, i: int) -> None:
     """Writes the job's folder. Without a search there is no image after, no noise and no plot."""
     import safetensors.torch
 
-    from diffalign.plots import rewards_plot, strip
+    from diffalign.reports.plots import rewards_plot, strip
 
     with whole_folder(job.folder) as folder:
         if output.trace is None:

@@ -17,7 +17,7 @@ from typing import Any
 from diffalign.commands import options
 from diffalign.commands.generate import Interrupted
 from diffalign.commands.kinds import KINDS, Kind, owners
-from diffalign.files import read_json, require_writable
+from diffalign.files import read_json, require_writable, write_rows
 
 STAGES = ("all", "generate", "score", "report")
 JUDGE_BATCH = 8
@@ -219,7 +219,7 @@ def quoted(benchmark: Any) -> dict[str, Any]:
 def run_images(args: argparse.Namespace) -> int:
     """Judges --images where they lie: scores/, results.jsonl and the official files go into that folder, the report to --out."""
     from diffalign.benchmarks.base import require_prompts
-    from diffalign.benchmarks.report import Judged, write_report, write_rows
+    from diffalign.reports.summary import Judged, write_report
 
     require_writable(args.out)
     part = share(args)
@@ -257,7 +257,7 @@ def summed_up(kind: Kind, benchmark: Any, judged: Mapping[str, Any], optimised: 
 
     optimised: rewards that a search climbed; where rewards judge, their tables say so.
     """
-    from diffalign.benchmarks.report import measures, summarise
+    from diffalign.reports.summary import measures, summarise
 
     def title(measure: str) -> str:
         mark = "" if not (kind.by_reward and optimised) else " (optimised)" if measure in optimised else " (watched)"
@@ -291,7 +291,7 @@ def write_units(
     args: argparse.Namespace, benchmark: Any, folder: Path, rows: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]
 ) -> None:
     """units.jsonl, one row per image of the run: what it is, what it cost, and its verdict or what is wrong with it."""
-    from diffalign.benchmarks.report import COSTS, write_rows
+    from diffalign.reports.summary import COSTS
 
     judged = {row["filename"]: row for row in rows}
     method = read_json(folder / "settings.json")["method"] if (folder / "settings.json").is_file() else folder.name
@@ -319,8 +319,8 @@ def write_units(
 
 def write_official(kind: Kind, benchmark: Any, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """The files that the benchmark's own evaluator writes, what the figures must be quoted with, and a page of what went wrong."""
-    from diffalign.benchmarks.pages import failures_page
     from diffalign.files import write_json, write_text
+    from diffalign.reports.pages import failures_page
 
     write_json(folder / "protocol.json", {"benchmark": benchmark.name, **benchmark.protocol()})
     notice = folder / "LIMITED.txt"  # beside files of official evaluators' formats, which have no place for it

@@ -55,7 +55,7 @@ def _shapes(args: argparse.Namespace, common: Mapping[str, Any]) -> Any:
 
 
 def _geneval(args: argparse.Namespace, common: Mapping[str, Any]) -> Any:
-    from diffalign.benchmarks.geneval import GenEvalBenchmark
+    from diffalign.benchmarks.geneval.benchmark import GenEvalBenchmark
 
     return GenEvalBenchmark(**common, source=args.prompts)
 
@@ -63,20 +63,20 @@ def _geneval(args: argparse.Namespace, common: Mapping[str, Any]) -> Any:
 def _geneval_check(args: argparse.Namespace) -> None:
     if args.stage == "generate" or (args.detector and (args.detector == "hf" or Path(args.detector).exists())):
         return
-    from diffalign.benchmarks.geneval_models import OFFICIAL_URL
+    from diffalign.benchmarks.geneval.weights import OFFICIAL_URL
 
     got = f"{args.detector} does not exist" if args.detector else "none was given"
     raise ValueError(f"--detector is needed to judge, and {got}: the official file ({OFFICIAL_URL}), or hf for another training of it")
 
 
 def _geneval_judge(args: argparse.Namespace, benchmark: Any, device: str) -> Any:
-    from diffalign.benchmarks.geneval_models import HUB_CLIP, load_scorer
+    from diffalign.benchmarks.geneval.weights import HUB_CLIP, load_scorer
 
     return dataclasses.replace(benchmark, scorer=load_scorer(args.detector, args.clip or HUB_CLIP, device))
 
 
 def _geneval_official(benchmark: Any, folder: Path, rows: Rows) -> None:
-    from diffalign.benchmarks.geneval_results import summary
+    from diffalign.benchmarks.geneval.results import summary
     from diffalign.files import write_text
 
     write_text(folder / "summary.txt", summary(rows))
@@ -99,7 +99,7 @@ _PREFERENCE: dict[str, Any] = {
 }
 
 KINDS: Mapping[str, Kind] = {
-    "shapes": Kind(1, _shapes, splits=("test", "validation", "train"), verdicts=True),
+    "shapes": Kind(1, _shapes, splits=("test", "validation", "train", "hard"), verdicts=True),
     "geneval": Kind(
         4,
         _geneval,

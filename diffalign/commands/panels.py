@@ -45,7 +45,7 @@ def of_sample(args: argparse.Namespace, mix: Mapping[str, float], trace: Mapping
 def draw(folder: Path, summary: Mapping[str, Any]) -> None:
     """The curves of a summary as FOLDER/panel.png, where it has any."""
     from diffalign.files import whole_file
-    from diffalign.plots import panel_plot
+    from diffalign.reports.plots import panel_plot
 
     if "panel" in summary:
         with whole_file(folder / PLOT) as temporary:

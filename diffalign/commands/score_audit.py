@@ -21,7 +21,7 @@ def write_audits(out: Path, models: Mapping[str, Any], rows: Sequence[Mapping[st
     """
     from PIL import Image
 
-    from diffalign.plots import audit_plot
+    from diffalign.reports.plots import audit_plot
     from diffalign.reward_models.audit import audit
 
     chosen = [row for row in rows if set(models) <= set(row["scores"])][:MOST_IMAGES]

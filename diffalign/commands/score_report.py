@@ -41,7 +41,7 @@ def rows_of(images: Sequence[ImageFile], prompts: Mapping[str, Prompt], works: S
 
 def write_results(out: Path, rows: Sequence[Mapping[str, Any]], specs: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """results.csv, results.json and distributions.png, each whole or not at all. specs: of the rewards. facts: of the run."""
-    from diffalign.plots import distributions
+    from diffalign.reports.plots import distributions
 
     rewards = {}
     for name, spec in specs.items():

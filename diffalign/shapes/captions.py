@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffalign.benchmarks.geneval_rules import relative_position
+from diffalign.rules import relative_position
 from diffalign.shapes.prompts import (
     _OPPOSITES,
     CARRIERS,

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from diffalign.benchmarks.geneval_rules import Detection, Limits, Verdict, judge
+from diffalign.rules import Detection, Limits, Verdict, judge
 from diffalign.shapes.scenes import COLORS, GROUND, SHAPES, SIZE, Thing, coverage, outline
 
 FOREGROUND_DISTANCE = 40.0  # Euclidean distance in 8-bit RGB from the ground

@@ -14,7 +14,7 @@ from itertools import product
 
 import numpy as np
 
-from diffalign.benchmarks.geneval_rules import RELATIONS, TASKS
+from diffalign.rules import RELATIONS, TASKS
 from diffalign.shapes.scenes import COLORS, SHAPES
 
 SPLITS = ("train", "validation", "test")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from diffalign.benchmarks.geneval_rules import RELATIONS
+from diffalign.rules import RELATIONS
 from diffalign.shapes.prompts import CARRIERS, NUMBER_WORDS, plural
 from diffalign.shapes.scenes import COLORS, SHAPES
 

@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 
-from diffalign.benchmarks.geneval_rules import TASKS
-from diffalign.benchmarks.t2i_language import Annotations
+from diffalign.benchmarks.t2i_compbench.language import Annotations
 from diffalign.cli import build_parser, main
 from diffalign.commands import config, judging
+from diffalign.rules import TASKS
 from tests.benchmarks.test_t2i_compbench import ANNOTATIONS, PROMPTS
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_mask2former import mmdet_layout, tiny_mask2former
@@ -36,8 +36,8 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_input(monkeypatch):
     """800 and 480 pixels are for the real models."""
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.SHORT_SIDE", 64)
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.LONG_SIDE", 107)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.SHORT_SIDE", 64)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.LONG_SIDE", 107)
 
 
 def bench(capsys, name, tiny_folder, out, *more):
@@ -194,7 +194,7 @@ def test_phrases_are_found_once_and_kept(capsys, tiny_folder, tmp_path, models, 
         asked.append(list(prompts))
         return Annotations("tagger", {prompt: ANNOTATIONS.prompts[prompt] for prompt in prompts})
 
-    monkeypatch.setattr("diffalign.benchmarks.t2i_language.annotate", annotate)
+    monkeypatch.setattr("diffalign.benchmarks.t2i_compbench.language.annotate", annotate)
     judges = ["--prompts", clone, "--blip", models / "blip", "--samples", "1", "--method", "none"]
     for limit in (1, 1, 2):
         more = ["--category", "color", "--limit", limit]
@@ -219,7 +219,7 @@ def test_images_of_another_program_are_judged_where_they_lie(capsys, tiny_folder
     """GenEval's layout with four-digit names, without traces or settings."""
     from PIL import Image
 
-    from diffalign.benchmarks.geneval import GenEvalBenchmark
+    from diffalign.benchmarks.geneval.benchmark import GenEvalBenchmark
 
     for item in GenEvalBenchmark(limit=6, samples=2).items():
         path = tmp_path / "theirs" / f"{item.index:05d}" / "samples" / f"{item.sample:04d}.png"
@@ -239,7 +239,7 @@ def test_images_of_other_prompts_are_refused(capsys, tmp_path, models):
     """A folder that was numbered anew, as after filtering, says so in its metadata.jsonl; it would be judged by others' prompts."""
     from PIL import Image
 
-    from diffalign.benchmarks.geneval import GenEvalBenchmark
+    from diffalign.benchmarks.geneval.benchmark import GenEvalBenchmark
 
     items = GenEvalBenchmark(limit=6, samples=1).items()
     for item in items:

@@ -46,8 +46,8 @@ def commands(tmp_path_factory, tiny_folder):
 
 @pytest.fixture(autouse=True)
 def small_input(monkeypatch):
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.SHORT_SIDE", 64)
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.LONG_SIDE", 107)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.SHORT_SIDE", 64)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.LONG_SIDE", 107)
     monkeypatch.setattr("diffalign.commands.judging.JUDGE_BATCH", 2)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.benchmarks.curves import COLORS
 from diffalign.cli import main
 from diffalign.commands.compare import compare, compare_all, markdown
+from diffalign.reports.curves import COLORS
 
 A = [1, 0, 0, 0] + [0, 0, 0, 0]
 B = [1, 1, 1, 0] + [1, 0, 0, 0]

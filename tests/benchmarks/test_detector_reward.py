@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.benchmarks.detector_reward import NAMES, DetectorReward
-from diffalign.benchmarks.geneval_prompts import metadata, parse
-from diffalign.benchmarks.geneval_rules import Detection
+from diffalign.benchmarks.geneval.detector_reward import NAMES, DetectorReward
+from diffalign.benchmarks.geneval.prompts import metadata, parse
 from diffalign.hub import load_reward, reward_specs
+from diffalign.rules import Detection
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_mask2former import mmdet_layout, tiny_mask2former
 
@@ -134,8 +134,8 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_hub_loads_both_by_name(name, sources, monkeypatch):
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.SHORT_SIDE", 64)  # 800 pixels are for the real detector
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.LONG_SIDE", 107)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.SHORT_SIDE", 64)  # 800 pixels are for the real detector
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.LONG_SIDE", 107)
     mix = load_reward({name: 2.0, "brightness": 1.0}, sources={name: sources}, device="cpu")
     assert not mix.differentiable
     noise = torch.from_numpy(np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32))

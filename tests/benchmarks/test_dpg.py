@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from diffalign.benchmarks.dpg import category_scores, from_grid, image_score, item_score, read_questions, to_grid
+from diffalign.benchmarks.dpg.questions import category_scores, from_grid, image_score, item_score, read_questions, to_grid
 from tests.benchmarks import recorded
 
 CHAIN = {1: [0], 2: [1], 3: [2], 4: [0]}

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from diffalign.benchmarks.base import Generated, generate_missing
-from diffalign.benchmarks.geneval import GenEvalBenchmark, GenEvalScorer
-from diffalign.benchmarks.geneval_colors import ClipColors
-from diffalign.benchmarks.geneval_models import load_colors, load_detector, load_scorer
-from diffalign.benchmarks.geneval_prompts import OBJECTS, metadata
-from diffalign.benchmarks.geneval_results import KEYS, score, summary
-from diffalign.benchmarks.geneval_rules import TASKS, Detection
-from diffalign.benchmarks.mask2former import Mask2FormerDetector
+from diffalign.benchmarks.geneval.benchmark import GenEvalBenchmark, GenEvalScorer
+from diffalign.benchmarks.geneval.colors import ClipColors
+from diffalign.benchmarks.geneval.prompts import OBJECTS, metadata
+from diffalign.benchmarks.geneval.results import KEYS, score, summary
+from diffalign.benchmarks.geneval.weights import load_colors, load_detector, load_scorer
+from diffalign.benchmarks.models.mask2former import Mask2FormerDetector
 from diffalign.benchmarks.scoring import Shard, score_missing
+from diffalign.rules import TASKS, Detection
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_mask2former import mmdet_layout, tiny_mask2former
 
@@ -142,8 +142,8 @@ def test_protocol_says_what_a_figure_must_be_quoted_with():
 @pytest.fixture
 def small_input(monkeypatch):
     """800 pixels are for the real detector."""
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.SHORT_SIDE", 64)
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.LONG_SIDE", 107)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.SHORT_SIDE", 64)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.LONG_SIDE", 107)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from diffalign.benchmarks.geneval_colors import MEAN, STD, ClipColors, cut_out, to_pixels
-from diffalign.benchmarks.geneval_rules import COLORS, Detection
+from diffalign.benchmarks.geneval.colors import MEAN, STD, ClipColors, cut_out, to_pixels
+from diffalign.rules import COLORS, Detection
 from tests.benchmarks.tiny_clip import tiny_clip
 
 

@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 
-from diffalign.benchmarks import geneval_prompts
-from diffalign.benchmarks.geneval import GenEvalBenchmark
-from diffalign.benchmarks.geneval_prompts import OBJECTS, article, jsonl, metadata, plural
-from diffalign.benchmarks.geneval_rules import COLORS, RELATIONS, TASKS
+from diffalign.benchmarks.geneval import prompts as geneval_prompts
+from diffalign.benchmarks.geneval.benchmark import GenEvalBenchmark
+from diffalign.benchmarks.geneval.prompts import OBJECTS, article, jsonl, metadata, plural
 from diffalign.cli import main
+from diffalign.rules import COLORS, RELATIONS, TASKS
 from tests.benchmarks import recorded
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from diffalign.benchmarks.geneval_reward import partial_credit
-from diffalign.benchmarks.geneval_rules import Detection, Limits
+from diffalign.benchmarks.geneval.partial_credit import partial_credit
+from diffalign.rules import Detection, Limits
 from tests.benchmarks import recorded
 
 LEFT, RIGHT = (0.0, 0.0, 100.0, 100.0), (300.0, 0.0, 400.0, 100.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffalign.benchmarks.geneval_rules import (
+from diffalign.rules import (
     COLORS,
     RELATIONS,
     Detection,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.swin.modeling_swin import SwinPatchMerging
 
-from diffalign.benchmarks.mask2former import Mask2FormerDetector, instances, padded, resize_bilinear, resized, to_pixels
-from diffalign.benchmarks.mask2former_checkpoint import config_of, convert, from_mmdet, load_mmdet, merge_order
+from diffalign.benchmarks.models.mask2former import Mask2FormerDetector, instances, padded, resize_bilinear, resized, to_pixels
+from diffalign.benchmarks.models.mask2former_checkpoint import config_of, convert, from_mmdet, load_mmdet, merge_order
 from tests.benchmarks import recorded
 from tests.benchmarks.tiny_mask2former import CLASSES, mmdet_layout, tiny_mask2former
 
@@ -306,8 +306,8 @@ def images():
 
 
 def test_a_batch_of_different_sizes_equals_single_images(model, images, monkeypatch):
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.SHORT_SIDE", 64)
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.LONG_SIDE", 107)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.SHORT_SIDE", 64)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.LONG_SIDE", 107)
     detector = Mask2FormerDetector(model, NAMES, "tiny", least_score=0.1)
     together = detector([images[0], images[1], images[0]])
     assert any(together)
@@ -327,8 +327,8 @@ def test_names_must_fit_the_model(model):
 
 
 def test_logits_that_are_not_finite_are_an_error_not_an_empty_image(images, monkeypatch):
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.SHORT_SIDE", 64)
-    monkeypatch.setattr("diffalign.benchmarks.mask2former.LONG_SIDE", 107)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.SHORT_SIDE", 64)
+    monkeypatch.setattr("diffalign.benchmarks.models.mask2former.LONG_SIDE", 107)
     broken = tiny_mask2former()
     torch.nn.init.constant_(broken.class_predictor.bias, float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):

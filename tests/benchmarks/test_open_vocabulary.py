@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.benchmarks.open_vocabulary import GroundingDino, Owlv2, corners, labelled, load_detector, thinned
-from diffalign.benchmarks.t2i_detections import FRAME, Labelled
+from diffalign.benchmarks.models.open_vocabulary import GroundingDino, Owlv2, corners, labelled, load_detector, thinned
+from diffalign.benchmarks.t2i_compbench.detections import FRAME, Labelled
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_t2i import tiny_owlv2
 

@@ -4,8 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from diffalign.benchmarks.pages import failures_page, report_page
-from diffalign.benchmarks.report import markdown, summarise
+from diffalign.reports.pages import failures_page, report_page
+from diffalign.reports.summary import markdown, summarise
 from tests.benchmarks.test_report import judged
 
 VOID = {"meta", "br", "img"}

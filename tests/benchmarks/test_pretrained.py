@@ -6,7 +6,7 @@ import pytest
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from diffalign.benchmarks.pretrained import load_model, load_part
+from diffalign.benchmarks.models.pretrained import load_model, load_part
 from tests.benchmarks.tiny_clip import tiny_clip
 
 

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from diffalign.benchmarks.base import Generated, generate_missing
-from diffalign.benchmarks.dpg import parse_questions
-from diffalign.benchmarks.dpg_judge import DpgScorer, categories, cut_grids, require_questions, write_grids, write_official
-from diffalign.benchmarks.geneval2 import GenEval2Scorer, GivenScores, accepted, skills, soft_tifa
-from diffalign.benchmarks.geneval2 import write_official as write_geneval2
-from diffalign.benchmarks.preference import RewardScorer, hpsv2_table
-from diffalign.benchmarks.prompt_benchmark import PromptBenchmark
-from diffalign.benchmarks.prompt_sets import read_prompt_set
+from diffalign.benchmarks.dpg.judge import DpgScorer, categories, cut_grids, require_questions, write_grids, write_official
+from diffalign.benchmarks.dpg.questions import parse_questions
+from diffalign.benchmarks.geneval2.judge import GenEval2Scorer, GivenScores, accepted, skills, soft_tifa
+from diffalign.benchmarks.geneval2.judge import write_official as write_geneval2
+from diffalign.benchmarks.models.vqa import GivenAnswers, Panel
+from diffalign.benchmarks.prompt_list import PromptBenchmark
+from diffalign.benchmarks.prompt_sets.lists import read_prompt_set
+from diffalign.benchmarks.prompt_sets.preference import RewardScorer, hpsv2_table
 from diffalign.benchmarks.scoring import Shard, score_missing
-from diffalign.benchmarks.vqa import GivenAnswers, Panel
 from diffalign.hub import judge_name, load_judge, load_reward
 from tests.benchmarks.prompt_files import DPG_HEAD, DPG_ROWS, write_prompt_files
 from tests.reward_models.tiny_vlms import write_judge

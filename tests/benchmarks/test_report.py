@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffalign.benchmarks.report import Judged, markdown, summarise, table, write_report
+from diffalign.reports.summary import Judged, markdown, summarise, table, write_report
 
 TASKS = ["counting"] * 4 + ["position"] * 4
 BEFORE = [1, 0, 0, 0, 0, 0, 0, 0]

@@ -10,12 +10,12 @@ import itertools
 import numpy as np
 import pytest
 
-from diffalign.benchmarks.dpg import image_score
-from diffalign.benchmarks.geneval_results import score, summary
-from diffalign.benchmarks.geneval_rules import COLORS, RELATIONS, Detection, Limits, iou, judge, relative_position
-from diffalign.benchmarks.t2i_detections import Labelled
-from diffalign.benchmarks.t2i_numeracy import score as numeracy_score
-from diffalign.benchmarks.t2i_spatial import DIRECTIONS, position_2d, score_2d
+from diffalign.benchmarks.dpg.questions import image_score
+from diffalign.benchmarks.geneval.results import score, summary
+from diffalign.benchmarks.t2i_compbench.detections import Labelled
+from diffalign.benchmarks.t2i_compbench.numeracy import score as numeracy_score
+from diffalign.benchmarks.t2i_compbench.spatial import DIRECTIONS, position_2d, score_2d
+from diffalign.rules import COLORS, RELATIONS, Detection, Limits, iou, judge, relative_position
 
 CLASSES = ("dog", "cat", "cup")
 EDGE_SCORES = [0.29, float(np.float32(0.3)), 0.31, 0.5, 0.89, 0.9, 0.91, 1.0]

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from diffalign.benchmarks.base import Generated, check_run, generate_missing, item_seed, open_run, record_session
-from diffalign.benchmarks.geneval_rules import TASKS
 from diffalign.benchmarks.shapes import ShapesBenchmark
+from diffalign.rules import TASKS
 from diffalign.shapes.scenes import SHAPES, SIZE, Scene, Thing, render
 
 SPOTS = ((16, 16), (48, 16), (16, 48), (48, 48))

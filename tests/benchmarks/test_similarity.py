@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffalign.benchmarks.similarity import perceptual_distance, ssim
+from diffalign.evaluation.similarity import perceptual_distance, ssim
 from tests.tiny import tiny_vae
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from diffalign.benchmarks.statistics import (
+from diffalign.reports.statistics import (
     discordance,
     effective_images,
     holm,

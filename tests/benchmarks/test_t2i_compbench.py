@@ -7,15 +7,15 @@ import pytest
 from PIL import Image
 
 from diffalign.benchmarks.base import Generated, generate_missing
-from diffalign.benchmarks.open_vocabulary import Owlv2
+from diffalign.benchmarks.models.open_vocabulary import Owlv2
 from diffalign.benchmarks.scoring import Shard, score_missing
-from diffalign.benchmarks.t2i_compbench import T2ICompBench, write_upstream_results
-from diffalign.benchmarks.t2i_detections import Labelled, read_detections
-from diffalign.benchmarks.t2i_language import Annotations, Grammar
-from diffalign.benchmarks.t2i_models import BlipVqa, ClipScore, Depth
-from diffalign.benchmarks.t2i_numeracy import Vocabulary
-from diffalign.benchmarks.t2i_prompts import CATEGORIES, parse_name
-from diffalign.benchmarks.t2i_scorers import (
+from diffalign.benchmarks.t2i_compbench.benchmark import T2ICompBench, write_upstream_results
+from diffalign.benchmarks.t2i_compbench.detections import Labelled, read_detections
+from diffalign.benchmarks.t2i_compbench.language import Annotations, Grammar
+from diffalign.benchmarks.t2i_compbench.models import BlipVqa, ClipScore, Depth
+from diffalign.benchmarks.t2i_compbench.numeracy import Vocabulary
+from diffalign.benchmarks.t2i_compbench.prompts import CATEGORIES, parse_name
+from diffalign.benchmarks.t2i_compbench.scorers import (
     BlipVqaScorer,
     ClipScorer,
     GivenDetections,
@@ -24,8 +24,8 @@ from diffalign.benchmarks.t2i_scorers import (
     Spatial2DScorer,
     Spatial3DScorer,
 )
-from diffalign.benchmarks.t2i_spatial import Token
-from diffalign.benchmarks.t2i_three_in_one import Kinds
+from diffalign.benchmarks.t2i_compbench.spatial import Token
+from diffalign.benchmarks.t2i_compbench.three_in_one import Kinds
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_t2i import tiny_blip, tiny_dpt, tiny_owlv2
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from diffalign.benchmarks.t2i_language import Annotations, Grammar, annotate, clean, from_templates, questions, without_adjectives
-from diffalign.benchmarks.t2i_spatial import Token
+from diffalign.benchmarks.t2i_compbench.language import Annotations, Grammar, annotate, clean, from_templates, questions, without_adjectives
+from diffalign.benchmarks.t2i_compbench.spatial import Token
 from tests.benchmarks import recorded
 
 

@@ -7,9 +7,18 @@ from PIL import Image
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import BertTokenizer
 
-from diffalign.benchmarks.geneval_colors import MEAN, STD
-from diffalign.benchmarks.t2i_detections import FRAME
-from diffalign.benchmarks.t2i_models import BlipVqa, ClipScore, Depth, load_blip, load_clip_score, load_depth, squashed, to_frame_depth
+from diffalign.benchmarks.geneval.colors import MEAN, STD
+from diffalign.benchmarks.t2i_compbench.detections import FRAME
+from diffalign.benchmarks.t2i_compbench.models import (
+    BlipVqa,
+    ClipScore,
+    Depth,
+    load_blip,
+    load_clip_score,
+    load_depth,
+    squashed,
+    to_frame_depth,
+)
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_t2i import WORDS, tiny_blip, tiny_dpt
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from diffalign.benchmarks.t2i_detections import Labelled
-from diffalign.benchmarks.t2i_numeracy import Vocabulary, parse, score, without_repeats
+from diffalign.benchmarks.t2i_compbench.detections import Labelled
+from diffalign.benchmarks.t2i_compbench.numeracy import Vocabulary, parse, score, without_repeats
 from tests.benchmarks import recorded
 
 WORDS = Vocabulary(

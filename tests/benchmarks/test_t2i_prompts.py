@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffalign.benchmarks.t2i_prompts import CATEGORIES, KNOWN_LISTS, PromptList, file_name, parse_name, read_lines, read_prompts
+from diffalign.benchmarks.t2i_compbench.prompts import CATEGORIES, KNOWN_LISTS, PromptList, file_name, parse_name, read_lines, read_prompts
 from tests.benchmarks import recorded
 
 

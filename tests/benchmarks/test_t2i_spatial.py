@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.benchmarks.t2i_detections import FRAME, Labelled, overlap, to_frame
-from diffalign.benchmarks.t2i_spatial import (
+from diffalign.benchmarks.t2i_compbench.detections import FRAME, Labelled, overlap, to_frame
+from diffalign.benchmarks.t2i_compbench.spatial import (
     BESIDE,
     RELATIONS_2D,
     RELATIONS_3D,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffalign.benchmarks.t2i_three_in_one import Kinds, three_in_one
+from diffalign.benchmarks.t2i_compbench.three_in_one import Kinds, three_in_one
 from tests.benchmarks import recorded
 
 

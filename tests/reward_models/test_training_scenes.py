@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.benchmarks.geneval_rules import Detection, Limits, judge
+from diffalign.rules import Detection, Limits, judge
 from diffalign.shapes.captions import WRONGS, draw_scene, long_caption, relations, short_caption, wrong_caption
 from diffalign.shapes.detector import judge_images
 from diffalign.shapes.prompts import prompts

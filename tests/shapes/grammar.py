@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from diffalign.benchmarks.geneval_rules import RELATIONS, Detection, Verdict, evaluate
+from diffalign.rules import RELATIONS, Detection, Verdict, evaluate
 from diffalign.shapes.prompts import CARRIERS
 from diffalign.shapes.scenes import COLORS, SHAPES, Scene
 

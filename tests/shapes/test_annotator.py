@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.benchmarks.geneval_rules import Detection, evaluate
+from diffalign.rules import Detection, evaluate
 from diffalign.shapes import prompts
 from diffalign.shapes.scenes import SHAPES, Scene, Thing, render
 from diffalign.shapes.train import judged as made

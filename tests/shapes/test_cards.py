@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import diffalign.shapes
-from diffalign.benchmarks.geneval_rules import TASKS
+from diffalign.rules import TASKS
 from diffalign.shapes.train import card as cards
 from diffalign.shapes.train import rewards_judged
 from diffalign.shapes.train.loop import LoopConfig

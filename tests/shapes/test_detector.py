@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffalign.benchmarks.geneval_rules import Detection, relative_position
+from diffalign.rules import Detection, relative_position
 from diffalign.shapes import detector
 from diffalign.shapes.captions import draw_scene
 from diffalign.shapes.prompts import metadata

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.benchmarks.geneval_rules import COLORS as GENEVAL_COLORS
+from diffalign.rules import COLORS as GENEVAL_COLORS
 from diffalign.shapes.captions import draw_scene
 from diffalign.shapes.scenes import (
     COLORS,

@@ -8,7 +8,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from diffalign.benchmarks.geneval_rules import RELATIONS, TASKS
+from diffalign.rules import RELATIONS, TASKS
 from diffalign.shapes.captions import draw_scene, long_caption, relations, short_caption
 from diffalign.shapes.prompts import (
     HELD_OUT_COLORS,

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from tqdm import tqdm
 
-from diffalign.benchmarks.geneval_rules import TASKS
+from diffalign.rules import TASKS
 from diffalign.shapes import prompts
 from diffalign.shapes.detector import judge_images
 from diffalign.shapes.train import card

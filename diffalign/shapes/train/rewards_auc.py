@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from diffalign.benchmarks.geneval_rules import TASKS
+from diffalign.rules import TASKS
 from diffalign.shapes.train.judged import Judged
 
 Score = Callable[[UInt8[Tensor, "b h w 3"], list[str]], Float[Tensor, " b"]]

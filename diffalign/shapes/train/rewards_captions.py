@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from diffalign.benchmarks.geneval_rules import RELATIONS
+from diffalign.rules import RELATIONS
 from diffalign.shapes.captions import draw_scene, long_caption, relations
 from diffalign.shapes.prompts import CARRIERS, NUMBER_WORDS, article, color_pairs, plural, relation_pairs
 from diffalign.shapes.scenes import COLORS, SHAPES, Scene, Thing, place, render

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from diffalign.benchmarks.geneval_rules import keep
+from diffalign.rules import keep
 from diffalign.shapes.detector import LIMITS, classify_color, detect
 from diffalign.shapes.scenes import COLORS, SHAPES, Scene
 from diffalign.shapes.train import rewards_captions as captions

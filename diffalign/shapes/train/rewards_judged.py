@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
-from diffalign.benchmarks.geneval_rules import TASKS
+from diffalign.rules import TASKS
 from diffalign.shapes import prompts
 from diffalign.shapes.train import card, export, loop, rewards_captioner, rewards_captioner_tune, rewards_preference, rewards_watch
 from diffalign.shapes.train.judged import Judged, from_pipeline, make_judged

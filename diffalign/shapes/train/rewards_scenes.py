@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffalign.benchmarks.geneval_rules import RELATIONS
+from diffalign.rules import RELATIONS
 from diffalign.shapes.captions import WRONGS, relations, wrong_caption
 from diffalign.shapes.prompts import CARRIERS, NUMBER_WORDS, color_pairs, plural, relation_pairs
 from diffalign.shapes.scenes import COLORS, GAP, MARGIN, RADIUS_RANGES, REACH, SHAPES, SIZE, Scene, Thing

@@ -5,7 +5,6 @@ The judge's accuracy stands beside the rewards that were optimised and those tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.benchmarks.pages import report_page
-from diffalign.benchmarks.statistics import (
+from diffalign.files import write_json, write_text
+from diffalign.reports.pages import report_page
+from diffalign.reports.statistics import (
     FEW_PROMPTS,
     holm,
     overall_estimate,
@@ -23,7 +23,6 @@ from diffalign.benchmarks.statistics import (
     task_estimates,
     task_means,
 )
-from diffalign.files import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -244,27 +243,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
     lines = ["| " + " | ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object per line, as GenEval's results.jsonl."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What `write_rows` wrote, or another program. Raises ValueError naming a line that is no JSON object.
-
-    Lines end at newlines alone: text in them may hold other marks that Python's splitlines takes for ends, such as U+2028.
-    """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} line {number} is not a JSON object: {line[:80]!r}") from error
-    return rows
 
 
 def write_report(folder: Path, summary: Mapping[str, Any]) -> str:

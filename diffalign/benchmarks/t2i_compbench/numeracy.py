@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffalign.benchmarks.geneval_rules import Box
-from diffalign.benchmarks.t2i_detections import PEOPLE, Labelled
+from diffalign.benchmarks.t2i_compbench.detections import PEOPLE, Labelled
+from diffalign.rules import Box
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 SINGULAR = ("a", "an", "one")

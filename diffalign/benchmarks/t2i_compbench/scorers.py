@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from diffalign.benchmarks import t2i_numeracy
 from diffalign.benchmarks.base import Item
 from diffalign.benchmarks.scoring import Pixels
-from diffalign.benchmarks.t2i_detections import Labelled
-from diffalign.benchmarks.t2i_language import Annotations, questions, without_adjectives
-from diffalign.benchmarks.t2i_models import BlipVqa, ClipScore, Depth
-from diffalign.benchmarks.t2i_spatial import as_label, complex_objects, score_2d, score_3d, template_objects
+from diffalign.benchmarks.t2i_compbench import numeracy as t2i_numeracy
+from diffalign.benchmarks.t2i_compbench.detections import Labelled
+from diffalign.benchmarks.t2i_compbench.language import Annotations, questions, without_adjectives
+from diffalign.benchmarks.t2i_compbench.models import BlipVqa, ClipScore, Depth
+from diffalign.benchmarks.t2i_compbench.spatial import as_label, complex_objects, score_2d, score_3d, template_objects
 
 
 class Finder(Protocol):

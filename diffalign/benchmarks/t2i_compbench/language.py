@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffalign.benchmarks.t2i_spatial import Token
+from diffalign.benchmarks.t2i_compbench.spatial import Token
 from diffalign.files import read_json, write_json
 
 SPACY_MODEL = "en_core_web_sm"

@@ -22,8 +22,8 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float
 
-from diffalign.benchmarks.geneval_rules import Box
-from diffalign.benchmarks.t2i_detections import PEOPLE, Labelled, first_with, overlap
+from diffalign.benchmarks.t2i_compbench.detections import PEOPLE, Labelled, first_with, overlap
+from diffalign.rules import Box
 
 BESIDE = ("on side of", "next to", "near")
 DIRECTIONS = ("on the left of", "on the right of", "on the bottom of", "on the top of")

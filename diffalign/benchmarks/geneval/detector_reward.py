@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.benchmarks.geneval import Colors, Detector, remembering
-from diffalign.benchmarks.geneval_prompts import parse
-from diffalign.benchmarks.geneval_reward import UPSTREAM, partial_credit
-from diffalign.benchmarks.geneval_rules import judge
+from diffalign.benchmarks.geneval.benchmark import Colors, Detector, remembering
+from diffalign.benchmarks.geneval.partial_credit import UPSTREAM, partial_credit
+from diffalign.benchmarks.geneval.prompts import parse
+from diffalign.rules import judge
 
 NAMES = ("detector", "detector-partial")
 BATCH = 8  # images the detector is shown at once

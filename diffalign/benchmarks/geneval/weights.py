@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from diffalign.benchmarks.geneval import GenEvalScorer
-from diffalign.benchmarks.geneval_colors import ClipColors
-from diffalign.benchmarks.geneval_prompts import OBJECTS
-from diffalign.benchmarks.mask2former import Mask2FormerDetector
-from diffalign.benchmarks.pretrained import load_model, load_part
+from diffalign.benchmarks.geneval.benchmark import GenEvalScorer
+from diffalign.benchmarks.geneval.colors import ClipColors
+from diffalign.benchmarks.geneval.prompts import OBJECTS
+from diffalign.benchmarks.models.mask2former import Mask2FormerDetector
+from diffalign.benchmarks.models.pretrained import load_model, load_part
 
 OFFICIAL = "743b7d99"
 OFFICIAL_URL = (
@@ -36,7 +36,7 @@ def load_detector(source: str, device: str = "cpu") -> Mask2FormerDetector:
     """Raises FileNotFoundError saying where to get the checkpoint, ValueError where the weights do not fit."""
     from transformers import Mask2FormerForUniversalSegmentation
 
-    from diffalign.benchmarks.mask2former_checkpoint import load_mmdet
+    from diffalign.benchmarks.models.mask2former_checkpoint import load_mmdet
 
     path = Path(source)
     if source != "hf" and path.suffix != ".pth" and not path.is_dir():

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.benchmarks.geneval_rules import COLORS, RELATIONS
 from diffalign.benchmarks.sources import read_source
+from diffalign.rules import COLORS, RELATIONS
 
 # The 80 detection classes of COCO in its order, the detector's class index; GenEval renamed three (mouse, remote, keyboard).
 # fmt: off

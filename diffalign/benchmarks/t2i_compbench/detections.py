@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.benchmarks.geneval_rules import Box
 from diffalign.files import read_json
+from diffalign.rules import Box
 
 FRAME = 479  # pixels of the short side after the resize of the original detector; distances in the rules are in these pixels
 PEOPLE = ("girl", "boy", "man", "woman")  # the label space knows them as "person"

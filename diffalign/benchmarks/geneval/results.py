@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffalign.benchmarks.geneval_rules import Detection, Verdict
-from diffalign.benchmarks.report import read_rows
+from diffalign.rules import Detection, Verdict
 
 KEYS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 
@@ -44,16 +42,6 @@ def result_row(filename: str, metadata: Mapping[str, Any], verdict: Verdict, kep
     details = {name: [[*d.box, d.score] for d in found] for name, found in kept.items() if found}
     values = (filename, metadata["tag"], metadata["prompt"], verdict.correct, verdict.reason, json.dumps(metadata), json.dumps(details))
     return dict(zip(KEYS, values, strict=True))
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results.jsonl, ours or upstream's. Raises ValueError naming what is no row."""
-    rows = read_rows(path)
-    for number, row in enumerate(rows, 1):
-        missing = [key for key in ("tag", "correct", "metadata") if key not in row]
-        if missing:
-            raise ValueError(f"{path} row {number} has no {', '.join(missing)}; it is not a row of GenEval's results.jsonl")
-    return rows
 
 
 def score(rows: Sequence[Mapping[str, Any]]) -> Score:

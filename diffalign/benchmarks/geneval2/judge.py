@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.benchmarks.base import Item
+from diffalign.benchmarks.models.vqa import Panel
 from diffalign.benchmarks.scoring import Pixels
-from diffalign.benchmarks.vqa import Panel
 from diffalign.files import read_json, write_json, write_text
 
 SUFFIX = " Answer in one word."

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from diffalign.benchmarks.geneval_rules import Detection
+from diffalign.rules import Detection
 
 LONG_SIDE, SHORT_SIDE = 1333, 800
 STRIDE = 32

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.benchmarks.base import Item, item_seed, limited_to, spread_over_tasks
-from diffalign.benchmarks.prompt_sets import PromptSet
+from diffalign.benchmarks.prompt_sets.lists import PromptSet
 from diffalign.benchmarks.scoring import Fault, Scorer, Task, collect_all, score_all
 
 SAMPLES = {"parti": 1, "hpsv2": 1, "drawbench": 1, "dpg": 4, "geneval2": 1}  # images per prompt of the official protocols

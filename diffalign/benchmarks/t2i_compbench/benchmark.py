@@ -13,8 +13,8 @@ from typing import Any
 
 from diffalign.benchmarks.base import Item, item_seed, limited_to, spread_over_tasks
 from diffalign.benchmarks.scoring import Fault, Scorer, Task, collect_all, score_all
-from diffalign.benchmarks.t2i_prompts import CATEGORIES, IMAGES_PER_PROMPT, PromptList, file_name, read_prompts
-from diffalign.benchmarks.t2i_three_in_one import Kinds, three_in_one
+from diffalign.benchmarks.t2i_compbench.prompts import CATEGORIES, IMAGES_PER_PROMPT, PromptList, file_name, read_prompts
+from diffalign.benchmarks.t2i_compbench.three_in_one import Kinds, three_in_one
 from diffalign.files import write_json, write_text
 
 COMPLEX = "complex"

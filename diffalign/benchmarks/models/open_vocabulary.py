@@ -21,9 +21,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffalign.benchmarks.pretrained import load_model, load_part
+from diffalign.benchmarks.models.pretrained import load_model, load_part
 from diffalign.benchmarks.scoring import Pixels
-from diffalign.benchmarks.t2i_detections import Labelled, best_first, overlap, to_frame
+from diffalign.benchmarks.t2i_compbench.detections import Labelled, best_first, overlap, to_frame
 
 HUB_OWLV2 = "google/owlv2-base-patch16-ensemble"
 HUB_GROUNDING_DINO = "IDEA-Research/grounding-dino-tiny"

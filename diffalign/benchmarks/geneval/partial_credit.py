@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.benchmarks.geneval_rules import ColorClassifier, Detection, Limits, keep, relative_position
+from diffalign.rules import ColorClassifier, Detection, Limits, keep, relative_position
 
 UPSTREAM = Limits()
 

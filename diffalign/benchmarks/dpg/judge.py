@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image
 
 from diffalign.benchmarks.base import Item, read_image
-from diffalign.benchmarks.dpg import Questions, category_scores, from_grid, image_score, to_grid
+from diffalign.benchmarks.dpg.questions import Questions, category_scores, from_grid, image_score, to_grid
+from diffalign.benchmarks.models.vqa import GivenAnswers, Panel
 from diffalign.benchmarks.scoring import Pixels
-from diffalign.benchmarks.vqa import GivenAnswers, Panel
 from diffalign.files import whole_file, write_text
 
 SUFFIX = " Please answer yes or no."  # for a model that talks

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.benchmarks.base import Item, item_seed, limited_to, spread_over_tasks
-from diffalign.benchmarks.geneval_prompts import metadata
-from diffalign.benchmarks.geneval_results import result_row
-from diffalign.benchmarks.geneval_reward import UPSTREAM, partial_credit
-from diffalign.benchmarks.geneval_rules import Detection, Limits, Verdict, evaluate, keep
+from diffalign.benchmarks.geneval.partial_credit import UPSTREAM, partial_credit
+from diffalign.benchmarks.geneval.prompts import metadata
+from diffalign.benchmarks.geneval.results import result_row
 from diffalign.benchmarks.scoring import Fault, Pixels, Task, collect, score_all
+from diffalign.rules import Detection, Limits, Verdict, evaluate, keep
 
 SAMPLES = 4  # images per prompt of the official protocol
 

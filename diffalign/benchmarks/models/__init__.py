@@ -1,0 +1,1 @@
+"""The networks that judge images: detectors, and models that answer questions."""

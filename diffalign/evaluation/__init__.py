@@ -1,0 +1,1 @@
+"""Making images of a benchmark and judging those of a folder, resumably."""

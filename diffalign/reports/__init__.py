@@ -1,0 +1,1 @@
+"""From judged rows to summaries, tables, pages and plots."""
