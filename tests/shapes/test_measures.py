@@ -56,9 +56,9 @@ def test_a_missing_torchmetrics_is_named_with_what_to_install(monkeypatch):
 
 def test_a_copy_is_found_among_the_scenes_behind_blotches_but_not_from_afar():
     other = Scene((Thing("star", "blue", 20.0, 40.0, 12.0),))
-    scenes = torch.cat([picture(other), picture(SQUARE)])
+    scenes = torch.cat([picture(SQUARE), picture(other)])
     grain = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 40 - 20  # a chequerboard, which cells average away
-    blotched = (picture(SQUARE).int() + grain[..., None]).clamp(0, 255).byte()
+    blotched = (picture(SQUARE).int() + grain[..., None] + 3).clamp(0, 255).byte()  # and all a little brighter
     images = torch.cat([picture(SQUARE), blotched, picture(moved(SQUARE, 6.0))])
     copy, grained, far = measures.nearest_distance(images, scenes, batch=1).tolist()
     assert copy == pytest.approx(0.0, abs=1e-3)
@@ -73,16 +73,16 @@ def test_near_is_about_a_pixel():
     assert measures.nearest_distance(picture(moved(SQUARE, 2.0)), picture(SQUARE)).item() > measures.NEAR
 
 
-def test_color_deviation_of_two_colors_in_equal_parts_is_half_their_distance():
+def test_color_deviation_of_two_colors_in_parts_p_and_q_is_their_distance_times_the_root_of_pq():
     image = np.zeros((8, 8, 3), dtype=np.uint8)
-    image[:, :4] = (30, 0, 0)
-    image[:, 4:] = (0, 40, 0)
-    mask = np.ones((8, 8), dtype=bool)
-    assert measures.color_deviation(image, mask) == pytest.approx(25.0)
-    rim = np.zeros((8, 8), dtype=bool)
-    rim[2:6, 2:6] = True
-    image[2, :] = 255  # a rim of another colour is no inner pixel
-    assert measures.color_deviation(image, rim) == pytest.approx(25.0)
+    image[:] = (30, 0, 0)
+    image[4:, 4:] = (0, 40, 0)  # of the inner 6 x 6 pixels, 3 x 3
+    image[[0, -1]] = image[:, [0, -1]] = 255  # a rim of another colour is no inner pixel
+    whole = np.ones((8, 8), dtype=bool)
+    assert measures.color_deviation(image, whole) == pytest.approx(50.0 * (0.25 * 0.75) ** 0.5)
+    thin = np.zeros((8, 8), dtype=bool)
+    thin[3:5, 4] = True  # nothing is left after erosion, so all of it counts
+    assert measures.color_deviation(image, thin) == pytest.approx(25.0)
 
 
 def test_finish_tells_clean_things_from_blotched_and_bent_ones():
