@@ -10,9 +10,9 @@ import numpy as np
 
 from diffalign.rules import relative_position
 from diffalign.shapes.prompts import (
-    _OPPOSITES,
     CARRIERS,
     NUMBER_WORDS,
+    OPPOSITES,
     article,
     color_pairs,
     plural,
@@ -114,7 +114,7 @@ def wrong_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
     if kind == "swapped_colors":
         names = article(f"{b.color} {a.shape}"), article(f"{a.color} {b.shape}")
     elif kind == "swapped_relation":
-        joint = _OPPOSITES[held[rng.integers(len(held))]]
+        joint = OPPOSITES[held[rng.integers(len(held))]]
         colored = rng.random() < 0.6
         names = article(_name(a, colored)), article(_name(b, colored))
     else:

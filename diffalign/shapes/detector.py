@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from diffalign.rules import Detection, Limits, Verdict, judge
+from diffalign.rules import Detection, Limits, Verdict, judge, keep
 from diffalign.shapes.scenes import COLORS, GROUND, SHAPES, SIZE, Thing, coverage, outline
 
 FOREGROUND_DISTANCE = 40.0  # Euclidean distance in 8-bit RGB from the ground
@@ -77,8 +77,23 @@ def classify_color(image: np.ndarray, mask: np.ndarray) -> str:
 
 
 def judge_image(image: np.ndarray, metadata: Mapping, limits: Limits = LIMITS) -> Verdict:
-    """GenEval's verdict on a "h w 3" uint8 image of the shapes world for one metadata row."""
-    return judge(metadata, detect(image), lambda _, found: [classify_color(image, d.mask) for d in found], limits)
+    """The verdict on a "h w 3" uint8 image of the shapes world for one metadata row; see `judge_found`."""
+    return judge_found(image, detect(image), metadata, limits)
+
+
+def judge_found(image: np.ndarray, found: Mapping[str, Sequence[Detection]], metadata: Mapping, limits: Limits = LIMITS) -> Verdict:
+    """The same where `detect` has been called. GenEval's rules, and one of this world's own.
+
+    A clause with `not_color` asks that none of the clearest `count` things of its class, those that `color` looks at, be of that colour.
+    """
+    verdict = judge(metadata, found, lambda _, those: [classify_color(image, d.mask) for d in those], limits)
+    reasons = [verdict.reason] if verdict.reason else []
+    for clause in metadata["include"]:
+        if "not_color" in clause:
+            clearest = keep(found.get(clause["class"], ()), limits.threshold, limits)[: clause["count"]]
+            if any(classify_color(image, d.mask) == clause["not_color"] for d in clearest):
+                reasons.append(f"expected {clause['class']} not {clause['not_color']}, found {clause['not_color']}")
+    return Verdict(not reasons, "\n".join(reasons))
 
 
 def judge_images(images: np.ndarray, rows: Sequence[Mapping]) -> list[Verdict]:

@@ -2,8 +2,8 @@
 
 Two kinds of combination are held out of training altogether: object-colour pairs (no training scene contains such a thing) and
 object-relation pairs (in no training scene does such an object stand in that relation to another kind of object). Validation and
-test hold out different ones. In the `colors`, `color_attr` and `position` tasks every held-out prompt contains a held-out pair;
-`single_object`, `two_object` and `counting` prompts have no such pair to hold out, so there only the noise and the wording are new.
+test hold out different ones, and no prompt of one describes the image of a prompt of the other. Every prompt of validation and test
+asks for a held-out pair of its split but those of `single_object`, which have none to hold out: there only the noise is new.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from diffalign.shapes.scenes import COLORS, SHAPES
 
 SPLITS = ("train", "validation", "test")
 CARRIERS = ("a photo of ", "a picture of ", "a drawing of ", "")
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
 
 HELD_OUT_COLORS = {
@@ -42,7 +43,7 @@ HELD_OUT_RELATIONS = {
     "validation": frozenset({("ring", "left of"), ("cross", "above")}),
     "test": frozenset({("circle", "right of"), ("star", "left of"), ("triangle", "below"), ("square", "above")}),
 }
-PROMPTS_PER_TASK = 60
+PROMPTS_PER_TASK = 150
 
 
 def article(phrase: str) -> str:
@@ -73,8 +74,8 @@ def _owner(pair: tuple[str, str], held_out: dict[str, frozenset]) -> str:
 def metadata(split: str, seed: int = 43, per_task: int = PROMPTS_PER_TASK) -> list[dict]:
     """Rows in GenEval's metadata schema (tag, include, optional exclude, prompt), all distinct, at most `per_task` of each task.
 
-    The same split and seed always give the same rows; `single_object` has only as many as there are shapes times carriers.
-    Raises ValueError for an unknown split.
+    The same split and seed always give the same rows, and a larger `per_task` more besides. The grammar has fewer of some tasks:
+    in test 32 of `single_object`, 40 of `colors`, 112 of `position` and 120 of `counting`. Raises ValueError for an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
@@ -98,20 +99,41 @@ def _single_object(split: str) -> Iterator[dict]:
 
 
 def _two_object(split: str) -> Iterator[dict]:
-    for a, b, carrier in product(SHAPES, SHAPES, CARRIERS):
-        if a != b:
-            include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-            yield {"tag": "two_object", "include": include, "prompt": f"{carrier}{article(a)} and {article(b)}"}
+    """Training: "a circle and a ring". Held out: "an orange circle and a ring", or "a ring and an orange circle"."""
+    for first, second in _object_pairs(split):
+        include = [_clause(*first), _clause(*second)]
+        for carrier in CARRIERS:
+            yield {"tag": "two_object", "include": include, "prompt": f"{carrier}{article(_name(*first))} and {article(_name(*second))}"}
+
+
+def _object_pairs(split: str) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    if split == "train":
+        yield from (((a, ""), (b, "")) for a, b in product(SHAPES, SHAPES) if a != b)
+        return
+    for colored, plain in product(color_pairs(split), SHAPES):
+        if colored[0] != plain:
+            yield colored, (plain, "")
+            yield (plain, ""), colored
 
 
 def _counting(split: str) -> Iterator[dict]:
-    for shape, count, carrier in product(SHAPES, NUMBER_WORDS, CARRIERS):
+    """Training: "three circles". Held out: "three orange circles"."""
+    kinds = [(shape, "") for shape in SHAPES] if split == "train" else color_pairs(split)
+    for (shape, color), count, carrier in product(kinds, NUMBER_WORDS, CARRIERS):
         yield {
             "tag": "counting",
-            "include": [{"class": shape, "count": count}],
+            "include": [_clause(shape, color, count)],
             "exclude": [{"class": shape, "count": count + 1}],
-            "prompt": f"{carrier}{NUMBER_WORDS[count]} {plural(shape)}",
+            "prompt": f"{carrier}{NUMBER_WORDS[count]} {_name(plural(shape), color)}",
         }
+
+
+def _clause(shape: str, color: str, count: int = 1) -> dict:
+    return {"class": shape, "count": count} | ({"color": color} if color else {})
+
+
+def _name(shape: str, color: str) -> str:
+    return f"{color} {shape}" if color else shape
 
 
 def _colors(split: str) -> Iterator[dict]:
@@ -121,8 +143,11 @@ def _colors(split: str) -> Iterator[dict]:
 
 
 def _position(split: str) -> Iterator[dict]:
+    """Both readings count: "a ring left of a circle" is an image of the test pair (circle, right of) and no prompt of validation."""
+    others = {"train": ("train",), "validation": ("train", "validation"), "test": SPLITS}[split]
+    readings = {pair for other in others for pair in relation_pairs(other)}
     for (a, relation), b, carrier in product(relation_pairs(split), SHAPES, CARRIERS):
-        if a != b and (split != "train" or _opposite(b, relation) in relation_pairs("train")):
+        if a != b and _opposite(b, relation) in readings:
             include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
             yield {"tag": "position", "include": include, "prompt": f"{carrier}{article(a)} {relation} {article(b)}"}
 
@@ -147,9 +172,7 @@ _GENERATORS = {
     "color_attr": _color_attr,
 }
 
-_OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
 
 def _opposite(shape: str, relation: str) -> tuple[str, str]:
     """What holds of the other object when the first stands in `relation` to it."""
-    return shape, _OPPOSITES[relation]
+    return shape, OPPOSITES[relation]
