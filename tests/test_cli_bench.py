@@ -115,7 +115,7 @@ def test_a_second_run_only_reports_and_a_longer_one_only_adds(finished, options,
     assert len(images(out, "reno")) == 12
     summary = json.loads((out / "summary.json").read_text())
     assert summary["methods"]["reno"]["overall"]["prompts"] == 12
-    limited = "limited to 2 prompts a task (12 of 312)"
+    limited = "limited to 2 prompts a task (12 of 604)"
     assert summary["limited"] == json.loads((out / "reno" / "protocol.json").read_text())["limited"] == limited
     assert all(limited in line for line in (out / "table.md").read_text().splitlines() if line.startswith("## "))
 

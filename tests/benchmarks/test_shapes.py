@@ -10,6 +10,7 @@ from PIL import Image
 from diffalign.benchmarks.base import Generated, check_run, generate_missing, item_seed, open_run, record_session
 from diffalign.benchmarks.shapes import ShapesBenchmark
 from diffalign.rules import TASKS
+from diffalign.shapes import hard
 from diffalign.shapes.scenes import SHAPES, SIZE, Scene, Thing, render
 
 SPOTS = ((16, 16), (48, 16), (16, 48), (48, 48))
@@ -19,13 +20,15 @@ SETTINGS = {"pipeline": "drawn", "seed": 0}
 def obey(item) -> Image.Image:
     """A picture that does what the prompt says."""
     row = item.metadata
-    if row["tag"] == "position":
+    if row["tag"] in ("position", "relation_colors"):
         target, subject = row["include"]
         relation = subject["position"][0]
         x, y = {"left of": (16, 32), "right of": (48, 32), "above": (32, 16), "below": (32, 48)}[relation]
-        things = [Thing(subject["class"], "red", x, y, 10), Thing(target["class"], "blue", SIZE - x, SIZE - y, 10)]
+        colors = subject.get("color", "red"), target.get("color", "blue")
+        things = [Thing(subject["class"], colors[0], x, y, 10), Thing(target["class"], colors[1], SIZE - x, SIZE - y, 10)]
     else:
-        wanted = [(clause["class"], clause.get("color", "blue")) for clause in row["include"] for _ in range(clause["count"])]
+        free = {clause["class"]: "blue" if clause.get("not_color") != "blue" else "red" for clause in row["include"]}
+        wanted = [(c["class"], c.get("color", free[c["class"]])) for c in row["include"] for _ in range(c["count"])]
         things = [Thing(shape, color, x, y, 10) for (shape, color), (x, y) in zip(wanted, SPOTS, strict=False)]
     return Image.fromarray(render(Scene(tuple(things))))
 
@@ -46,6 +49,42 @@ def benchmark():
     return ShapesBenchmark(limit=24)
 
 
+def correct(rows):
+    return [row["correct"] for row in rows]
+
+
+def judged(items, folder, how, benchmark):
+    generate_missing(items, folder, draw(how), batch_size=32)
+    return benchmark.score(folder)
+
+
+def test_the_hard_tier_is_judged_and_a_negation_is_more_than_a_thing(tmp_path):
+    benchmark = ShapesBenchmark("hard", limit=30)
+    items = benchmark.items()
+    assert all(correct(judged(items, tmp_path / "right", obey, benchmark)))
+    assert not any(correct(judged(items, tmp_path / "wrong", disobey, benchmark)))
+
+    def forbidden(item):
+        """What the prompt says, but in the colour that it forbids."""
+        kinds = [(clause["class"], clause.get("not_color")) for clause in item.metadata["include"]]
+        return Image.fromarray(render(Scene((Thing(kinds[0][0], kinds[0][1], 32, 32, 10),)))) if kinds[0][1] else obey(item)
+
+    rows = judged(items, tmp_path / "forbidden", forbidden, benchmark)
+    assert [row["correct"] for row in rows] == [row["tag"] != "negation" for row in rows]
+    assert all(row["reason"].startswith("expected") and " not " in row["reason"] for row in rows if not row["correct"])
+
+
+def test_the_hard_tier_is_limited_like_the_others_and_says_what_is_zero_shot():
+    items = ShapesBenchmark("hard").items()
+    limits = (1, 2, 3, 4, 30, 100, 176)
+    chosen = {limit: {item.index for item in ShapesBenchmark("hard", limit=limit).items()} for limit in limits}
+    assert all(chosen[small] < chosen[large] for small, large in pairwise(limits))
+    assert [sum(items[index].task == task for index in chosen[30]) for task in hard.TASKS] == [10] * 3
+    assert ShapesBenchmark("hard", limit=30).limited() == "limited to 10 prompts a task (30 of 176)"
+    assert "that is not" in ShapesBenchmark("hard").protocol()["zero-shot"]
+    assert "zero-shot" not in ShapesBenchmark().protocol()
+
+
 def test_limit_takes_the_same_number_of_each_task(benchmark):
     items = benchmark.items()
     assert [sum(item.task == task for item in items) for task in TASKS] == [4] * 6
@@ -54,7 +93,7 @@ def test_limit_takes_the_same_number_of_each_task(benchmark):
 
 def test_a_limited_run_is_part_of_the_full_one(benchmark):
     everything = {(item.index, item.sample): item for item in ShapesBenchmark(samples=2).items()}
-    assert len(everything) >= 600
+    assert len(everything) == 1208
     for item in benchmark.items():
         assert everything[item.index, item.sample] == item
 
@@ -66,20 +105,21 @@ def test_a_limit_draws_from_the_whole_of_each_task():
 
 
 def test_limits_are_nested_and_balanced():
-    chosen = [{item.index for item in ShapesBenchmark(limit=limit).items()} for limit in range(1, 313)]
-    assert all(small < large for small, large in pairwise(chosen))
+    limits = (*range(1, 13), 20, 60, 120, 200, 300, 450, 604)
+    chosen = {limit: {item.index for item in ShapesBenchmark(limit=limit).items()} for limit in limits}
+    assert all(chosen[small] < chosen[large] for small, large in pairwise(limits))
     tasks = {item.index: item.task for item in ShapesBenchmark().items()}
     for limit in (1, 7, 20, 60, 120):
-        counts = [sum(tasks[index] == task for index in chosen[limit - 1]) for task in TASKS]
+        counts = [sum(tasks[index] == task for index in chosen[limit]) for task in TASKS]
         assert max(counts) - min(counts) <= 1
 
 
 def test_a_limited_result_says_so():
     assert ShapesBenchmark().limited() is None
-    assert ShapesBenchmark(limit=312).limited() is None
-    assert ShapesBenchmark(limit=60).limited() == "limited to 10 prompts a task (60 of 312)"
-    assert ShapesBenchmark(limit=8).limited() == "limited to 1 to 2 prompts a task (8 of 312)"
-    assert ShapesBenchmark(limit=4).limited() == "limited to 1 prompt of 4 of 6 tasks (4 of 312)"
+    assert ShapesBenchmark(limit=604).limited() is None
+    assert ShapesBenchmark(limit=60).limited() == "limited to 10 prompts a task (60 of 604)"
+    assert ShapesBenchmark(limit=8).limited() == "limited to 1 to 2 prompts a task (8 of 604)"
+    assert ShapesBenchmark(limit=4).limited() == "limited to 1 prompt of 4 of 6 tasks (4 of 604)"
 
 
 def test_seeds_belong_to_seed_prompt_and_sample():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffalign.rules import RELATIONS, TASKS
+from diffalign.shapes import hard
 from diffalign.shapes.captions import draw_scene, long_caption, relations, short_caption
 from diffalign.shapes.prompts import (
     HELD_OUT_COLORS,
@@ -20,7 +21,7 @@ from diffalign.shapes.prompts import (
     relation_pairs,
 )
 from diffalign.shapes.scenes import COLORS, SHAPES, Scene
-from tests.shapes.grammar import parse
+from tests.shapes.grammar import OPPOSITE, parse
 
 ALL_COLORS = frozenset().union(*HELD_OUT_COLORS.values())
 ALL_RELATIONS = frozenset().union(*HELD_OUT_RELATIONS.values())
@@ -104,14 +105,15 @@ def test_every_part_of_a_held_out_pair_is_seen_in_training():
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_every_held_out_prompt_of_composition_asks_for_a_pair_of_its_own_split(split):
+def test_every_held_out_prompt_but_those_of_one_plain_thing_asks_for_a_pair_of_its_own_split(split):
     (other,) = {"validation", "test"} - {split}
     for row in metadata(split, per_task=EVERYTHING):
         colors, related = asked(row)
-        if row["tag"] in ("colors", "color_attr"):
-            assert colors & HELD_OUT_COLORS[split], row
-        elif row["tag"] == "position":
+        if row["tag"] == "position":
+            assert related
             assert related <= HELD_OUT_RELATIONS[split], row
+        elif row["tag"] != "single_object":
+            assert colors & HELD_OUT_COLORS[split], row
         assert not colors & HELD_OUT_COLORS[other], row
         assert not related & HELD_OUT_RELATIONS[other], row
 
@@ -123,13 +125,36 @@ def test_no_training_prompt_asks_for_a_held_out_pair():
         assert not said.relation_pairs() & ALL_RELATIONS, row
 
 
-def test_no_prompt_of_composition_is_in_two_splits():
-    composed = {
-        split: {r["prompt"] for r in metadata(split, per_task=EVERYTHING) if r["tag"] in ("colors", "color_attr", "position")}
-        for split in SPLITS
-    }
-    for a, b in combinations(SPLITS, 2):
-        assert not composed[a] & composed[b]
+def meaning(row: dict) -> tuple:
+    """What an image of it shows, whatever the wording: carriers, the order of two things and the two readings of a relation are alike."""
+    things = frozenset((c["class"], c.get("color"), c.get("not_color"), c["count"]) for c in row["include"])
+    related = frozenset()
+    for clause in row["include"]:
+        if "position" in clause:
+            relation, target = clause["position"][0], row["include"][clause["position"][1]]["class"]
+            related = frozenset({(clause["class"], relation), (target, OPPOSITE[relation])})
+    return things, related
+
+
+def test_no_two_splits_nor_the_hard_tier_describe_the_same_image():
+    """But for plain single objects, of which there are as many as shapes: they are in every split."""
+    rows = {split: metadata(split, per_task=EVERYTHING) for split in SPLITS} | {"hard": hard.metadata()}
+    meanings = {name: {meaning(row) for row in found if row["tag"] != "single_object"} for name, found in rows.items()}
+    for a, b in combinations(meanings, 2):
+        assert meanings[a]
+        assert not meanings[a] & meanings[b], (a, b)
+
+
+def test_two_readings_of_one_image_mean_the_same():
+    """So that the test above could fail: these two were once in validation and test."""
+    ring, circle = ({"class": shape, "count": 1} for shape in ("ring", "circle"))
+    one = {"include": [circle, ring | {"position": ["left of", 0]}]}
+    other = {"include": [ring, circle | {"position": ["right of", 0]}]}
+    assert meaning(one) == meaning(other)
+    assert meaning(one) != meaning({"include": [circle, ring | {"position": ["right of", 0]}]})
+    assert "a ring left of a heart" in prompts("validation", per_task=EVERYTHING)
+    assert "a ring left of a circle" not in prompts("validation", per_task=EVERYTHING)
+    assert "a circle right of a ring" in prompts("test", per_task=EVERYTHING)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -140,14 +165,23 @@ def test_rows_are_distinct_and_ordered_by_task(split):
     assert tags == sorted(tags, key=TASKS.index)
     counts = Counter(tags)
     assert set(counts) == set(TASKS)
-    assert max(counts.values()) <= 60
+    assert max(counts.values()) == 150
 
 
-def test_the_number_of_prompts_of_each_task():
+@pytest.mark.parametrize(
+    ("split", "numbers"),
+    [("test", (32, 150, 120, 40, 112, 150)), ("validation", (32, 150, 48, 16, 48, 150)), ("train", (32, 150, 96, 150, 150, 150))],
+)
+def test_the_number_of_prompts_of_each_task(split, numbers):
     """The numbers that docs/shapes.md gives; figures of runs with others are not comparable."""
-    counts = Counter(row["tag"] for row in metadata("test"))
-    assert counts == {"single_object": 32, "two_object": 60, "counting": 60, "colors": 40, "position": 60, "color_attr": 60}
-    assert sum(Counter(row["tag"] for row in metadata("validation")).values()) == 284
+    assert Counter(row["tag"] for row in metadata(split)) == dict(zip(TASKS, numbers, strict=True))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_fewer_of_each_task_are_some_of_the_more(split):
+    few, more = metadata(split, per_task=20), metadata(split)
+    assert len(few) < len(more)
+    assert all(row in more for row in few)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -167,15 +201,17 @@ def test_rows_have_genevals_schema_and_say_what_their_prompt_says(split):
         expected = parse(row["prompt"]).metadata()
         assert {key: row[key] for key in expected} == expected
         assert ("exclude" in row) == ("exclude" in expected)
-        form = {
-            "single_object": (1, set()),
-            "two_object": (2, set()),
-            "counting": (1, set()),
-            "colors": (1, {"color"}),
-            "position": (2, {"position"}),
-            "color_attr": (2, {"color"}),
+        coloured = 0 if split == "train" else 1
+        clauses_colors_relations = {
+            "single_object": (1, 0, 0),
+            "two_object": (2, coloured, 0),
+            "counting": (1, coloured, 0),
+            "colors": (1, 1, 0),
+            "position": (2, 0, 1),
+            "color_attr": (2, 2, 0),
         }[row["tag"]]
-        assert (len(row["include"]), set().union(*row["include"]) - {"class", "count"}) == form
+        found = (len(row["include"]), *(sum(key in clause for clause in row["include"]) for key in ("color", "position")))
+        assert found == clauses_colors_relations
 
 
 def test_an_unknown_split_is_an_error_that_lists_the_splits():
