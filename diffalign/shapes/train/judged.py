@@ -59,8 +59,7 @@ def reserved_bodies() -> frozenset[str]:
 def annotator_rows(count: int, seed: int) -> list[dict]:
     """`count` prompts for the simulated annotator, in GenEval's schema: what training scenes can be said to show, tasks by TASK_SHARES.
 
-    Plain single objects are all in the test split, so there are none; what counting and two objects lose to it is made up for by
-    prompts that also name colours.
+    Plain single objects are all in the test split, so there are none.
     """
     rng = np.random.default_rng([seed, 17])
     wanted = list(rng.choice(list(TASK_SHARES), size=count, p=list(TASK_SHARES.values())))
