@@ -79,7 +79,8 @@ class Trainee:
             adam = {key: stored[f"adam.{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}/{name}" in stored}
             if adam:
                 # Laid out in memory like the weight: the fused optimiser walks both in storage order, whatever their strides.
-                self.optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p.detach()).copy_(v) for k, v in adam.items()}
+                where = {k: v.to(p.device) if k == "step" else torch.empty_like(p.detach()).copy_(v) for k, v in adam.items()}
+                self.optimizer.state[p] = where
         logger.info("resumed %s at step %d", self.state_path, self.step)
 
     def use_average(self) -> None:

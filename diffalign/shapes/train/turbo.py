@@ -27,6 +27,7 @@ from diffalign.diffusion import add_noise, from_x0, to_x0
 from diffalign.shapes.train import base, data, loop
 
 LAST = 999  # the student's only timestep
+SCENES = 8_000  # drawn for their captions
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,20 @@ class Teacher:
         scheduler.set_timesteps(steps)
         x = noise
         for t in scheduler.timesteps:
-            times = t.expand(len(x))
+            times = t.to(x.device).expand(len(x))
             eps = from_x0(x, self.x0(x, times, rows), *levels(scheduler, times), "epsilon")
             x = scheduler.step(eps, t, x).prev_sample
         return x
 
 
 def levels(scheduler: DDIMScheduler, t: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
-    """Signal and noise of each sample's timestep."""
-    alphas = scheduler.alphas_cumprod[t]
+    """Signal and noise of each sample's timestep, on the timesteps' device."""
+    alphas = scheduler.alphas_cumprod.to(t.device)[t]
     return alphas.sqrt(), (1 - alphas).sqrt()
 
 
 def teacher_pairs(path: Path, teacher: Teacher, config: TurboConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(noise, x0, caption rows) of the teacher's DDIM results; made batch by batch, kept in one file that resumes."""
+    """(noise, x0, caption rows) of the teacher's DDIM results, on the CPU; made batch by batch, kept in one file that resumes."""
     stored = load_file(path) if path.exists() else {}
     results = list(stored["x0"].split(64)) if stored else []
     noises, rows = [], []
@@ -94,7 +95,7 @@ def teacher_pairs(path: Path, teacher: Teacher, config: TurboConfig, seed: int) 
         rows.append(torch.randint(len(teacher.states), (64,), generator=generator))
         if i < len(results):
             continue
-        results.append(teacher.ddim(noises[i], rows[i], config.pair_steps))
+        results.append(teacher.ddim(noises[i].to(teacher.states.device), rows[i], config.pair_steps).cpu())
         if i % 16 == 15 or i == config.pairs // 64 - 1:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"x0": torch.cat(results)}, path.with_suffix(".tmp"))
@@ -109,15 +110,20 @@ def train(
     tokenizer: CLIPTokenizer,
     config: loop.LoopConfig = CONFIG,
     turbo: TurboConfig = TurboConfig(),
-    scenes: int = 8_000,
+    scenes: int = SCENES,
+    device: str = "cpu",
 ) -> UNet2DConditionModel:
-    """Distil (or resume); returns the averaged one-step U-Net. The text encoder stays the teacher's."""
+    """Distil (or resume); returns the averaged one-step U-Net. The text encoder stays the teacher's.
+
+    The networks given are moved to the device. What is random is drawn on the CPU, so that runs repeat anywhere.
+    """
     torch.manual_seed(config.seed)
+    unet, encoder = unet.to(device), encoder.to(device)
     captions = data.draw(scenes, config.seed).captions
     ids = data.tokenize(tokenizer, [[group[0]] for group in captions])[:, 0]
     with torch.no_grad():
-        states = torch.cat([encoder(part).last_hidden_state for part in ids.split(512)])
-        empty = encoder(data.tokenize(tokenizer, [[""]])[0]).last_hidden_state[0]
+        states = torch.cat([encoder(part.to(device)).last_hidden_state for part in ids.split(512)])
+        empty = encoder(data.tokenize(tokenizer, [[""]])[0].to(device)).last_hidden_state[0]
     scheduler = base.build_scheduler()
     teacher = Teacher(unet.eval().requires_grad_(False), states, empty, turbo.guidance, scheduler)
     noises, targets, pair_rows = teacher_pairs(run / "pairs.safetensors", teacher, turbo, config.seed)
@@ -131,14 +137,14 @@ def train(
 
     def noised(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """x0 at a random time each: (noisy, t, the noise)."""
-        t = torch.randint(20, 980, (len(x0),), generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(20, 980, (len(x0),), generator=generator).to(device)
+        eps = torch.randn(x0.shape, generator=generator).to(device)
         return add_noise(x0, eps, *levels(scheduler, t)), t, eps
 
     def update_fake(x0: Tensor, rows: Tensor, generator: torch.Generator, step: int) -> None:
         noisy, t, eps = noised(x0, generator)
         error = F.mse_loss(fake(noisy, t, states[rows]).sample, eps, reduction="none").mean(dim=(1, 2, 3))
-        loss = (error * base.min_snr_weight(scheduler.alphas_cumprod[t])).mean()
+        loss = (error * base.min_snr_weight(scheduler.alphas_cumprod.to(device)[t])).mean()
         critic.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(fake.parameters(), 1.0)
@@ -149,10 +155,10 @@ def train(
         warm = step < turbo.warm_steps
         fresh = 0 if warm else turbo.batch
         pick = torch.randint(len(noises), (turbo.batch + turbo.pair_batch - fresh,), generator=generator)
-        noise = torch.cat([torch.randn(fresh, *noises.shape[1:], generator=generator), noises[pick]])
+        noise = torch.cat([torch.randn(fresh, *noises.shape[1:], generator=generator), noises[pick]]).to(device)
         rows = torch.cat([torch.randint(len(states), (fresh,), generator=generator), pair_rows[pick]])
-        x0 = student(noise, torch.full((len(noise),), LAST), states[rows]).sample
-        regression = F.mse_loss(x0[fresh:], targets[pick])
+        x0 = student(noise, torch.full((len(noise),), LAST, device=device), states[rows]).sample
+        regression = F.mse_loss(x0[fresh:], targets[pick].to(device))
         if warm:
             return regression, {"regression": regression.item()}
         x0, rows = x0[:fresh], rows[:fresh]
