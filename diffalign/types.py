@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from diffalign.backbone import Conditioning
 from diffalign.loop import DenoisingLoop
 from diffalign.noise import NoiseDistribution
 
@@ -51,6 +52,16 @@ class Reward(Protocol):
     def prepare(self, prompts: Sequence[str]) -> None: ...
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> RewardScores: ...
+
+
+class RangedReward(Protocol):
+    """A reward that judges predicted images by how much noise they were predicted from."""
+
+    name: str
+
+    def at(self, share: float) -> Reward:
+        """Who judges predictions made at this share of noise, s / sqrt(a^2 + s^2) in [0, 1] at level (a, s)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,8 @@ class NoiseProblem:
     """Images that may well be made at once, where the model's preset knows; memory and speed only."""
     loop: DenoisingLoop | None = None
     """The inside of `generate`, for methods that steer it; None where there is no such loop."""
+    conditioning: Conditioning | None = None
+    """The prompts as the model reads them, one row for each noise, for methods that read them too."""
 
 
 @dataclass
@@ -121,6 +134,22 @@ class Trace:
         }
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a search has spent on one sample. `commands.cost` beside it counts passes of the network, whoever makes them."""
+
+    evaluations: float
+    """Whole generations; a trajectory that was dropped on its way counts as far as it went."""
+    backward_passes: int
+    """Gradients that were taken: through generator and reward, or, where a method steers, through decoder and reward."""
+    reward_calls: int
+    """Images that the reward saw, predicted ones too."""
+    seconds: float
+    """Of the wall clock, an equal share of the batch's."""
+    peak_memory_mb: int | None
+    """In 2**20 bytes, the batch's: of an accelerator since its statistics were reset, on a CPU of the process; None where nobody counts."""
+
+
 @dataclass
 class NoiseResult:
     """The best image and noise of every sample, the image it started from, and the trace."""
@@ -132,6 +161,8 @@ class NoiseResult:
     trace: Trace
     distribution: NoiseDistribution | None = None
     """Of noises under which images score well, where the method learns one: more images of the same prompts can be drawn from it."""
+    cost: Sequence[Cost] | None = None
+    """Of every sample, where the method counts."""
 
 
 class NoiseMethod(Protocol):

@@ -145,7 +145,9 @@ class AlignedPipeline(StockBackbone):
                 return run(noise, rows, "pt")
 
             loop = None if attached else SteeredLoop(self, conditioning, sampler, size, seeds)  # plugins act on the stock loop
-            result = method.search(NoiseProblem(noise, conditioning.prompts, seeds, generate, progress, self.batch_size, loop))
+            result = method.search(
+                NoiseProblem(noise, conditioning.prompts, seeds, generate, progress, self.batch_size, loop, conditioning)
+            )
             best, first = result.images.detach(), result.initial_images.detach()
             if output_type == "latent" and result.noise is None:
                 raise ValueError(f"output_type='latent' cannot be used with the search {method.name!r}, which returns images alone")
@@ -157,7 +159,7 @@ class AlignedPipeline(StockBackbone):
             return images, None
         guidance = _guidance_report(attached)
         found = None if result.noise is None else result.noise.detach().float()
-        return AlignedOutput(images, None, seeds, cut, result.trace, found, result.distribution, initial, guidance)
+        return AlignedOutput(images, None, seeds, cut, result.trace, found, result.distribution, initial, guidance, result.cost)
 
     def guide(self, method: GuidanceMethod) -> AbstractContextManager[guidance_hook.Guided]:
         """Calls inside the block are guided by `method`; what `plugins=[method]` does for one call. See pipelines/guidance/hook.py."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from diffalign.guidance import GuidanceReport
 from diffalign.noise import NoiseDistribution
-from diffalign.types import Trace
+from diffalign.types import Cost, Trace
 
 
 @dataclass
@@ -34,3 +35,5 @@ class AlignedOutput(BaseOutput):
     """Where it started; of the type of images."""
     guidance: GuidanceReport | None = None
     """Where a guidance method ran, what it cost; of the last generation, where there were several."""
+    cost: Sequence[Cost] | None = None
+    """Where a search ran, what it spent on each image: evaluations, backward passes, reward calls, seconds, peak memory."""

@@ -6,12 +6,13 @@ whole generation. Gradients are not counted as evaluations; a backward pass cost
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from diffalign.methods.tracking import peak_memory_mb
 
 
 class Meter:
@@ -55,17 +56,3 @@ class Meter:
             }
             for nfe, weight in zip(passes, weights, strict=True)
         ]
-
-
-def peak_memory_mb(device: torch.device) -> int | None:
-    """Of an accelerator since the meter was started, of the CPU since the process was (both in 2**20 bytes); None where nobody counts."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    if device.type != "cpu":
-        return None
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))

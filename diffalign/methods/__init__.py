@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,22 @@ _CLASSES = {row.class_name: row.module for row in METHODS}
 __all__ = ["METHODS", "Method", "build_method", "find_method", "names", *_CLASSES]
 
 
-def build_method(name: str, reward: Reward, budget: int) -> NoiseMethod:
-    """The search over noise of that name, at a budget of `budget` images of each sample.
+def build_method(name: str, reward: Reward, budget: int, seconds: float | None = None) -> NoiseMethod:
+    """The search over noise of that name, at a budget of `budget` images of each sample, or of so many seconds instead.
 
-    Raises ValueError where there is no such search, or it needs a gradient that the reward does not have.
+    Raises ValueError where there is no such search, it needs a gradient that the reward does not have, or cannot be bounded in seconds.
     """
     row = find_method(name, NOISE)
     if row.needs_gradient and not reward.differentiable:
         raise ValueError(f"{no_gradient(reward)}, which {name} climbs; watch it instead, or use best-of-n")
     cls = row.load()
     make = getattr(cls, row.from_budget) if row.from_budget else cls
-    return make(reward, budget=budget)
+    method = make(reward, budget=budget)
+    if seconds is None:
+        return method
+    if "seconds" not in {f.name for f in fields(method)}:
+        raise ValueError(f"{name} makes what its budget says in one go and cannot stop after {seconds:g} seconds; give it a budget")
+    return replace(method, seconds=seconds)
 
 
 def __getattr__(name: str) -> Any:

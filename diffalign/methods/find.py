@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from diffalign.methods.checks import check_flag, check_integer, check_number
 from diffalign.methods.search import score_noises
-from diffalign.methods.tracking import Tracker
+from diffalign.methods.tracking import Tracker, evaluation_limit
 from diffalign.noise import NoiseDistribution, seeded_noise, spread
 from diffalign.types import NoiseProblem, NoiseResult, Reward
 
@@ -57,6 +57,8 @@ class FIND:
     _: KW_ONLY
     budget: int = 50
     """Evaluations of the generator for each sample, >= 1. Paper: 150."""
+    seconds: float | None = None
+    """> 0: learn for so long instead, to the end of a drawing. None: the budget bounds it."""
     candidates: int = 8
     """Noises drawn of each sample between updates, >= 1; >= 2 for the baseline "others". Paper: 1."""
     lr: float = 0.03
@@ -87,6 +89,8 @@ class FIND:
             check_integer(name, getattr(self, name), least)
         if self.batch_size is not None:
             check_integer("batch_size", self.batch_size, 1)
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, 0.0, above=True)
         for name in ("lr", "clip"):
             check_number(name, getattr(self, name), 0.0, above=True)
         check_number("pull", self.pull, 0.0)
@@ -109,7 +113,7 @@ class FIND:
     @torch.enable_grad()
     def search(self, problem: NoiseProblem) -> NoiseResult:
         """Learn every sample's distribution. A candidate whose score is not finite teaches nothing; a warning names it."""
-        tracker = Tracker(problem)
+        tracker = Tracker(problem, self.seconds)
         self.reward.prepare(problem.prompts)
         start = problem.noise.detach().float()
         mean = torch.zeros_like(start).requires_grad_()
@@ -117,10 +121,10 @@ class FIND:
         optimizer = torch.optim.Adam([mean, log_std] if self.learn_std else [mean], lr=self.lr)
         network = [Calibration(start[0].numel(), seed) for seed in problem.seeds] if self.baseline == "network" else None
         past: list[Drawing] = []
-        made = 0
-        while made < self.budget:
+        made, limit = 0, evaluation_limit(self.budget, self.seconds)
+        while made < limit and not tracker.out_of_time:
             policy = self._policy(mean, log_std)
-            count = min(self.candidates, self.budget - made)
+            count = min(self.candidates, limit - made)
             drawing = self._draw(problem, tracker, policy, start, made, count)
             made += count
             past = [*past, drawing][-1 - self.history :]

@@ -30,12 +30,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.diffusion import DDIM
+from diffalign.diffusion import DDIM, Schedule
 from diffalign.loop import DenoisingLoop, LoopState
 from diffalign.methods.checks import check_integer, check_number
 from diffalign.methods.tracking import Tracker
 from diffalign.noise import seeded_noise
-from diffalign.types import NoiseProblem, NoiseResult, Reward
+from diffalign.types import NoiseProblem, NoiseResult, RangedReward, Reward
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class FKSteering:
     """In (start, 1]: the share of steps after which nobody is weighed. Paper: 80 of 100."""
     eta: float = 1.0
     """Of DDIM, in (0, 1]: without noise at the steps, copies would stay copies. Paper: 1."""
+    ranges: RangedReward | None = None
+    """Who scores predictions at which level of noise (methods/experts.py); None: `reward` at all of them. Paper: none."""
 
     def __post_init__(self) -> None:
         check_integer("budget", self.budget, 2)
@@ -92,7 +94,9 @@ class FKSteering:
             nonlocal last, best
             if state.index not in weighed or self.strength == 0:
                 return None
-            scores = predicted_scores(state, loop, self.reward, [problem.prompts[samples[row]] for row in state.rows])
+            held = [samples[row] for row in state.rows]
+            scores = predicted_scores(state, loop, self.reward, self.ranges, [problem.prompts[i] for i in held])
+            tracker.charge(held, reward_calls=1)
             if self.potential == "difference":
                 logs = self.strength * (scores - last)
             else:
@@ -124,6 +128,8 @@ class SeedPruning:
     """What may be spent on each sample, in whole generations, >= 2; how many trajectories that begins is `candidates`."""
     cuts: tuple[float, ...] = (0.25, 0.5)
     """Shares of the steps, ascending in (0, 1), after which the worse half is dropped."""
+    ranges: RangedReward | None = None
+    """Who scores predictions at which level of noise (methods/experts.py); None: `reward` at all of them."""
 
     def __post_init__(self) -> None:
         check_integer("budget", self.budget, 2)
@@ -164,16 +170,21 @@ class SeedPruning:
         def prune(state: LoopState) -> LoopState | None:
             if state.index not in kept:
                 return None
-            scores = predicted_scores(state, loop, self.reward, [problem.prompts[samples[row]] for row in state.rows])
+            held = [samples[row] for row in state.rows]
+            scores = predicted_scores(state, loop, self.reward, self.ranges, [problem.prompts[i] for i in held])
+            tracker.charge(held, reward_calls=1)
             alive = len(state.rows) // b
             best = scores.view(b, alive).argsort(dim=1, descending=True, stable=True)[:, : kept[state.index]].sort(dim=1).values
             return state.take([i * alive + int(j) for i in range(b) for j in best[i]])
 
         out = loop.run(noise, samples, DDIM(), prune)
+        whole = max(out.evaluations)  # of the network: what a trajectory costs that was not dropped
+        for sample, spent in zip(samples, out.evaluations, strict=True):
+            tracker.charge([sample], evaluations=spent / whole)
         alive = len(out.rows) // b
         for k in range(alive):
             part = [i * alive + k for i in range(b)]
-            record(tracker, problem, self.reward, noise[[out.rows[j] for j in part]], loop.decode(out.latents[part]), range(b))
+            record(tracker, problem, self.reward, noise[[out.rows[j] for j in part]], loop.decode(out.latents[part]), range(b), 0.0)
         return replace(tracker.result(self, candidates=count), noise=None)
 
 
@@ -195,13 +206,23 @@ def particles(problem: NoiseProblem, count: int) -> Float[Tensor, "k ..."]:
     return drawn.flatten(0, 1)
 
 
-def record(tracker: Tracker, problem: NoiseProblem, reward: Reward, noise: Tensor, images: Tensor, rows: Sequence[int]) -> None:
-    """Scores finished images and enters them."""
-    tracker.record(list(rows), noise, images, reward(images, [problem.prompts[row] for row in rows]))
+def record(
+    tracker: Tracker, problem: NoiseProblem, reward: Reward, noise: Tensor, images: Tensor, rows: Sequence[int], evaluations: float = 1.0
+) -> None:
+    """Scores finished images and enters them; evaluations: what each has cost, unless it was charged before."""
+    tracker.record(list(rows), noise, images, reward(images, [problem.prompts[row] for row in rows]), evaluations=evaluations)
 
 
-def predicted_scores(state: LoopState, loop: DenoisingLoop, reward: Reward, prompts: list[str]) -> Float[Tensor, " k"]:
-    """What the reward makes of each row's predicted image, on the host; minus infinity where it is not finite."""
+def noise_share(schedule: Schedule, step: int) -> float:
+    """s / sqrt(a^2 + s^2) in [0, 1]: how much of what step `step` started from is noise."""
+    return schedule.noise[step] / math.hypot(schedule.signal[step], schedule.noise[step])
+
+
+def predicted_scores(
+    state: LoopState, loop: DenoisingLoop, reward: Reward, ranges: RangedReward | None, prompts: list[str]
+) -> Float[Tensor, " k"]:
+    """What the reward, or the one of `ranges` for that noise, makes of each row's predicted image, on the host; -inf where not finite."""
+    reward = reward if ranges is None else ranges.at(noise_share(loop.schedule, state.index))
     scores = reward(loop.decode(state.x0), prompts).total.float().cpu()
     return torch.where(scores.isfinite(), scores, torch.full_like(scores, -math.inf))
 

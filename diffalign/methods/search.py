@@ -18,13 +18,14 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from itertools import islice
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from diffalign.methods.checks import check_integer, formerly
-from diffalign.methods.tracking import Tracker
+from diffalign.methods.checks import check_integer, check_number, formerly
+from diffalign.methods.tracking import Tracker, evaluation_limit
 from diffalign.noise import seeded_noise
 from diffalign.types import NoiseProblem, NoiseResult, Reward
 
@@ -43,19 +44,23 @@ class BestOfN:
     _: KW_ONLY
     budget: int = 50
     """N >= 1, candidates of each sample, the given noise included. ImageSelect's demo: 10; ReNO's budget: 50."""
+    seconds: float | None = None
+    """> 0: draw for so long instead of N times. None: the budget bounds the search."""
     batch_size: int | None = None
     """Images made at once, >= 1; None: what the model's preset says is good. Memory and speed only."""
 
     def __post_init__(self) -> None:
         check_integer("budget", self.budget, 1)
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, 0.0, above=True)
         if self.batch_size is not None:
             check_integer("batch_size", self.batch_size, 1)
 
     def search(self, problem: NoiseProblem) -> NoiseResult:
         """The best of N candidates of every sample. A candidate whose score is not finite is never chosen; a warning names it."""
-        tracker = Tracker(problem)
+        tracker = Tracker(problem, self.seconds)
         self.reward.prepare(problem.prompts)
-        try_candidates(problem, tracker, self.reward, self.budget, self.batch_size, self.name)
+        try_candidates(problem, tracker, self.reward, evaluation_limit(self.budget, self.seconds), self.batch_size, self.name)
         return tracker.result(self)
 
 
@@ -63,14 +68,13 @@ class BestOfN:
 def try_candidates(problem: NoiseProblem, tracker: Tracker, reward: Reward, count: int, batch_size: int | None, name: str) -> None:
     """Makes and scores `count` noises of every sample, the given one first, and enters them in `tracker`; `name` is for warnings.
 
-    batch_size: images made at once; without one, what the problem suggests.
+    batch_size: images made at once; without one, what the problem suggests. It ends early where the tracker is out of time.
     """
     given = problem.noise.detach().float()
     b = len(given)
-    pairs = [(k, i) for k in range(count) for i in range(b)]
+    pairs = ((k, i) for k in range(count) for i in range(b))
     size = batch_size or max(problem.batch_size or 0, b)
-    for at in range(0, len(pairs), size):
-        chunk = pairs[at : at + size]
+    while not tracker.out_of_time and (chunk := list(islice(pairs, size))):
         rows = [i for _, i in chunk]
         noise = torch.stack(
             [given[i] if k == 0 else seeded_noise(given.shape[1:], [problem.seeds[i]], k, given.device)[0] for k, i in chunk]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diffalign.methods.checks import check_flag, check_integer, check_number
 from diffalign.methods.search import score_noises, try_candidates
-from diffalign.methods.tracking import Tracker
+from diffalign.methods.tracking import Tracker, evaluation_limit
 from diffalign.noise import sample_norm, seeded_noise, spread, tangent, with_norm
 from diffalign.types import NoiseProblem, NoiseResult, Reward
 
@@ -43,6 +43,8 @@ class ZeroOrder:
     _: KW_ONLY
     budget: int = 50
     """Evaluations of the generator for each sample, >= 1."""
+    seconds: float | None = None
+    """> 0: search for so long instead; the budget then only says how the search begins. None: the budget bounds it."""
     neighbours: int = 4
     """Noises tried in a round, >= 1. Public code: 4."""
     cosine: float = 0.95
@@ -62,6 +64,8 @@ class ZeroOrder:
         for name in ("starts", "batch_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, 0.0, above=True)
         check_number("cosine", self.cosine, math.nextafter(-1.0, 0.0), math.nextafter(1.0, 0.0))
         check_number("narrowing", self.narrowing, 0.0, 1.0, above=True)
         check_flag("walk", self.walk)
@@ -74,15 +78,16 @@ class ZeroOrder:
     @torch.no_grad()
     def search(self, problem: NoiseProblem) -> NoiseResult:
         """Every sample on its own. A neighbour whose score is not finite is never chosen."""
-        tracker = Tracker(problem)
+        tracker = Tracker(problem, self.seconds)
         self.reward.prepare(problem.prompts)
         starts = min(max(self.budget // 4, 1) if self.starts is None else self.starts, self.budget)
         try_candidates(problem, tracker, self.reward, starts, self.batch_size, self.name)
         b, made = len(problem.noise), starts
         pivot = tracker.noise.clone()
         angle = torch.full((b,), math.acos(self.cosine), device=pivot.device)
-        while made < self.budget:
-            count = min(self.neighbours, self.budget - made)
+        limit = evaluation_limit(self.budget, self.seconds)
+        while made < limit and not tracker.out_of_time:
+            count = min(self.neighbours, limit - made)
             before = [running[-1] for running in tracker.running]
             tried = torch.stack([self.neighbour(pivot, angle, problem.seeds, made + k) for k in range(count)])
             self._try(problem, tracker, tried, angle)

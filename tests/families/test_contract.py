@@ -297,6 +297,18 @@ def test_particles_run_where_there_are_steps(row, shared, method):
     assert np.array_equal(values(again.images), values(out.images))
 
 
+def test_guide_switched_off_is_the_plain_call(row, shared):
+    """To the bit what the pipeline makes inside a search, and what it makes without one but for the rounding of its output."""
+    call = row.whole_call()
+    if shared.schedule(row.call.get("num_inference_steps"), **steps_of(row)).steps < 2:
+        pytest.skip("a one-step model cannot be steered")
+    off = shared(PROMPTS, seed=SEEDS, plugins=[diffalign.Guide(Brightness(), budget=1, strength=0.0)], output_type="np", **call).images
+    inside = shared(PROMPTS, seed=SEEDS, plugins=[diffalign.BestOfN(Brightness(), budget=1)], output_type="np", **call).images
+    plain = shared(PROMPTS, seed=SEEDS, output_type="np", **call).images
+    assert np.array_equal(values(off), values(inside))
+    np.testing.assert_allclose(values(off), values(plain), rtol=0, atol=10 * row.atol)
+
+
 def test_what_is_saved_loads_as_the_stock_pipeline(row, shared, tmp_path):
     shared.save_pretrained(tmp_path)
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **row.reload)

@@ -10,6 +10,7 @@ from PIL import Image
 
 import diffalign
 from diffalign.backbone import Size
+from diffalign.noise import NoiseDistribution
 from diffalign.pipelines.families.wan import AlignedWanPipeline
 from diffalign.rewards.frames import FrameReward
 from diffalign.rewards.mix import RewardMix
@@ -99,6 +100,22 @@ def test_reno_climbs_an_image_reward_over_frames(wan):
     assert events[0].images.shape == (2, 5, 3, 32, 32)
     assert all(max(series) > series[0] for series in out.trace.rewards["total"])
     assert out.noise.shape == (2, 16, 2, 4, 4)
+
+
+def test_find_learns_from_a_reward_over_frames_and_its_distribution_makes_more_videos(wan, tmp_path):
+    reward = RewardMix({"red": (FrameReward(Red(), frames=3), 1.0)})
+    out = wan(PROMPTS, seed=SEEDS, plugins=[diffalign.FIND(reward, budget=6, candidates=3)], output_type="pt", **ROW.call)
+    chosen = out.images[:, [0, 2, 4]]  # the middles of three equal parts of five frames
+    best = [series[k] for series, k in zip(out.trace.rewards["total"], out.trace.best, strict=True)]
+    assert chosen[:, :, 0].mean(dim=(1, 2, 3)).tolist() == pytest.approx(best, abs=1e-5)
+    assert [len(series) for series in out.trace.rewards["total"]] == [6, 6]
+    out.distribution.save(tmp_path / "found.safetensors")
+    again = NoiseDistribution.load(tmp_path / "found.safetensors")
+    assert again.mean.shape == (2, 16, 2, 4, 4)
+    assert (again.mean.flatten(1).abs().amax(1) > 0).all()
+    more = wan(PROMPTS, seed=SEEDS, latents=again.sample(SEEDS), output_type="pt", **ROW.call).images
+    assert more.shape == out.images.shape
+    assert not torch.equal(more, out.images)
 
 
 def test_a_search_returns_what_the_stock_call_returns(wan):

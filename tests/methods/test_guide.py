@@ -81,10 +81,74 @@ def test_mistakes_are_named():
     flat.differentiable = False
     with pytest.raises(TypeError, match="no gradient, which Guide follows"):
         Guide(flat)
-    for settings, words in (({"budget": 1}, "budget"), ({"strength": -1.0}, "strength"), ({"start": 0.5, "stop": 0.5}, "stop")):
+    for settings, words in (
+        ({"budget": 0}, "budget"),
+        ({"every": 0}, "every"),
+        ({"strength": -1.0}, "strength"),
+        ({"start": 0.5, "stop": 0.5}, "stop"),
+    ):
         with pytest.raises(ValueError, match=words):
             Guide(Mean(), **settings)
     given = problem()
     given.loop.steps = 1
     with pytest.raises(ValueError, match="takes one"):
         Guide(Mean()).search(given)
+
+
+def test_a_budget_of_one_makes_the_guided_image_alone():
+    given, pair = guided(0.1)
+    spent = given.loop.spent
+    one = Guide(Mean(), strength=0.1, budget=1).search(given)
+    assert given.loop.spent - spent == 2 * 4, "four steps of two samples"
+    assert [len(totals) for totals in one.trace.rewards["total"]] == [1, 1]
+    assert torch.equal(one.images, pair.images), "the guided one scores better here"
+    assert torch.equal(one.images, one.initial_images)
+
+
+def test_rarer_pulls_go_the_same_way():
+    """A direction that never changes: pulls at steps 0 and 2, twice as long, beside all four. By hand at noise 1, .7, .4, .2."""
+    given = problem((0,), Gaussian("flow", spread=0.5))
+    seen = {}
+    for every in (1, 2):
+        pulls = []
+
+        class Spy(Loop):
+            def run(self, noise, rows, sampler=None, on_step=None, draws=None, pulls=pulls):
+                def keep(state):
+                    changed = on_step(state)
+                    pulls.append(0.0 if changed is None else (changed.x0 - state.x0).mean().item())
+                    return changed
+
+                return super().run(noise, rows, sampler, keep if on_step else None, draws)
+
+        spy = replace(given, loop=Spy(Gaussian("flow", spread=0.5), ["1"], [0]))
+        Guide(Mean(), strength=0.1, stop=1.0, every=every).search(spy)
+        seen[every] = pulls
+    schedule = given.loop.schedule
+    assert seen[1] == pytest.approx([0.1 * s for s in schedule.noise[:4]], abs=1e-6)
+    assert seen[2] == pytest.approx([0.2 * schedule.noise[0], 0, 0.2 * schedule.noise[2], 0], abs=1e-6)
+
+
+def test_each_range_of_noise_has_its_own_reward_and_the_last_word_is_the_rewards():
+    asked = []
+
+    class Ranges:
+        name = "two ranges"
+
+        def at(self, share):
+            asked.append(share)
+            return Against() if share > 0.9 else Mean()
+
+    class Against(Mean):
+        def __call__(self, images, prompts):
+            scores = super().__call__(images, prompts)
+            return replace(scores, total=-scores.total)
+
+    given = problem((0,), Gaussian("flow", spread=0.5))
+    out = Guide(Mean(), strength=0.1, ranges=Ranges(), budget=1).search(given)
+    _, same = guided(0.1, (0,), budget=1)
+    schedule = given.loop.schedule
+    assert asked == pytest.approx([s / math.hypot(a, s) for a, s in zip(schedule.signal[:3], schedule.noise[:3], strict=True)])
+    assert out.images.mean() < same.images.mean() - 0.01, "the first pull went the other way"
+    assert out.trace.rewards["total"][0][0] == pytest.approx(out.images.mean().item())
+    assert out.trace.settings["ranges"] == "two ranges"
