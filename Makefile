@@ -11,8 +11,7 @@ OUT ?= outputs/demo
 PROMPT ?= a red circle left of a blue square
 PYTEST_ARGS ?=
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
-STAGES ?= autoencoder text decoder base judge-base turbo judge-turbo shapes-clip shapes-preference shapes-aesthetic \
-	captioner shapes-reward judge-shapes-reward shapes-watch judge-shapes-watch judge-rewards flow judge-flow
+STAGES ?= all
 TRAIN_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -20,7 +19,7 @@ TESTED_FROM := $(if $(EDITABLE),.,build/outside)
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow lint format train-shapes over-optimisation clean FORCE
+.PHONY: help demo app test test-slow lint format docs docs-serve train-shapes over-optimisation clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +53,13 @@ format: $(VENV)/.diffalign-dev ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train-shapes: $(VENV)/.diffalign-measures ## train the embedded models anew: hours, resumable; STAGES=... for some, TRAIN_ARGS="--device cuda"
+docs: $(VENV)/.diffalign-docs ## the docs site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.diffalign-docs ## the docs site on this machine, built again whenever a page changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+train-shapes: $(VENV)/.diffalign-measures ## train the embedded models anew: hours, resumable; STAGES="base turbo" for some, TRAIN_ARGS="--device cuda"
 	$(BIN)/python -m diffalign.shapes.train $(STAGES) $(TRAIN_ARGS)
 
 over-optimisation: $(VENV)/.diffalign ## the table of docs/reward_mixing.md: half an hour on one core, resumable
@@ -76,6 +81,11 @@ $(VENV)/.diffalign: pyproject.toml | $(BIN)/pip
 $(VENV)/.diffalign-app: pyproject.toml | $(BIN)/pip
 	@rm -rf build/lib build/bdist.*
 	$(BIN)/python -m pip install $(EDITABLE) ".[app]"
+	@touch $@ $(VENV)/.diffalign
+
+$(VENV)/.diffalign-docs: pyproject.toml | $(BIN)/pip
+	@rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip install $(EDITABLE) ".[docs]"
 	@touch $@ $(VENV)/.diffalign
 
 $(VENV)/.diffalign-measures: pyproject.toml | $(BIN)/pip
