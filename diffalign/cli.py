@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from diffalign import __version__
-from diffalign.commands import bench, calibrate, config, generate, options, rewards, score, train
+from diffalign.commands import bench, calibrate, config, generate, options, pairs, rewards, score, train
 from diffalign.files import remove_empty
 
 
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(subparsers)
     bench.add_parser(subparsers)
     train.add_parser(subparsers)
+    pairs.add_parser(subparsers)
     score.add_parser(subparsers)
     rewards.add_parser(subparsers)
     calibrate.add_parser(subparsers)
