@@ -35,12 +35,12 @@ def load_parts(run: Path) -> tuple[AutoencoderKL, CLIPTokenizer, CLIPTextModel]:
     )
 
 
-def shipped_parts(folder: Path) -> tuple[AutoencoderKL, CLIPTokenizer]:
+def shipped_parts(folder: Path, device: str = "cpu") -> tuple[AutoencoderKL, CLIPTokenizer]:
     """The autoencoder and the tokenizer of a finished pipeline, in float32: for what is trained on its pictures."""
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished pipeline; run `python -m diffalign.shapes.train base` first")
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
-    return vae, CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return vae.to(device), CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def _made_by(stage: str, folder: Path) -> Path:
@@ -72,8 +72,8 @@ def save_pipeline(
     save(pipeline, folder)
 
 
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """A finished pipeline in float32."""
+def load_pipeline(folder: Path, device: str = "cpu") -> StableDiffusionPipeline:
+    """A finished pipeline in float32, on a device."""
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished pipeline; run `python -m diffalign.shapes.train base` first")
-    return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None).to(device)

@@ -48,11 +48,11 @@ def prompt_aucs(scores: Float[Tensor, "n g"], right: Bool[Tensor, "n g"]) -> Flo
 
 
 def auc_figures(scores: Float[Tensor, "n g"], judged: Judged, seed: int = 0) -> dict[str, dict]:
-    """AUC by task and overall, each with its interval and how many prompts it is of."""
+    """AUC by task and overall, each with its interval and how many prompts it is of; nothing where no prompt says anything."""
     aucs, tags = prompt_aucs(scores, judged.right).numpy(), np.array([row["tag"] for row in judged.rows])
     known = ~np.isnan(aucs)
     figures = {task: _mean(aucs[known & (tags == task)], seed) for task in TASKS if (known & (tags == task)).any()}
-    return figures | {"overall": _mean(aucs[known], seed)}
+    return figures | ({"overall": _mean(aucs[known], seed)} if known.any() else {})
 
 
 def _mean(values: np.ndarray, seed: int) -> dict[str, float]:

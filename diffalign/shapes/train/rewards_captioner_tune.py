@@ -63,6 +63,7 @@ class TuneConfig:
     regions_from: int = 2  # round in which that begins (the first two of the shipped reward were trained before it was thought of)
     captions: CaptioningConfig = field(default_factory=lambda: CaptioningConfig(batch=32))  # of the terms of the first part
     scenes: int = 6_000  # drawn for these
+    mixed: bool = True  # leave out prompts whose images are all right or all wrong, of which no vote is cast; a rehearsal keeps them
 
 
 def scores(model: Captioner, images: Float[Tensor, "b 3 h w"], ids: Int[Tensor, "b l"], rows: Tensor | None = None) -> Float[Tensor, " b"]:
@@ -107,9 +108,10 @@ class Ballots:
     said: Descriptions
 
 
-def ballots(judged: Judged, tokenizer: CLIPTokenizer, seed: int) -> Ballots:
+def ballots(judged: Judged, tokenizer: CLIPTokenizer, seed: int, only_mixed: bool = True) -> Ballots:
+    """only_mixed: leave out prompts of which no vote is cast. Raises ValueError where none is left."""
     votes = votes_of(judged.right, seed)
-    mixed = judged.mixed
+    mixed = judged.mixed if only_mixed else torch.ones_like(judged.mixed)
     if not mixed.any():
         raise ValueError("no prompt has both right and wrong images; draw more prompts, or from a generator that is less uniform")
     texts = [row["prompt"] for row, keep in zip(judged.rows, mixed.tolist(), strict=True) if keep]
@@ -256,7 +258,10 @@ def train_rounds(
     one_step, few_steps = rows[: settings.turbo_prompts], rows[settings.turbo_prompts :]
     turbo_images = made.make_judged(folder / "turbo", one_step, GROUP, plain, config.seed, "one-step images")
     base_images = made.make_judged(folder / "base", few_steps, GROUP, guided, config.seed + 1, "images of shapes")
-    sources = [(0.75, ballots(turbo_images, tokenizer, config.seed)), (0.25, ballots(base_images, tokenizer, config.seed))]
+    sources = [
+        (0.75, ballots(turbo_images, tokenizer, config.seed, settings.mixed)),
+        (0.25, ballots(base_images, tokenizer, config.seed, settings.mixed)),
+    ]
     pool = captions.draw_pool(settings.scenes, config.seed, tokenizer)
     pool.images[::2] = autoencoded(pool.images[::2], turbo.vae, config.seed)
     climbed: list[Judged] = []
@@ -268,14 +273,14 @@ def train_rounds(
             if count := settings.fresh_prompts[k - 1]:
                 fresh = made.annotator_rows(count, own + 50)
                 images = made.make_judged(folder / f"fresh{k}", fresh, GROUP, plain, own + 50, f"one-step images for round {k}")
-                sources.append((count / settings.turbo_prompts, ballots(images, tokenizer, own + 50)))
+                sources.append((count / settings.turbo_prompts, ballots(images, tokenizer, own + 50, settings.mixed)))
             maker = climber(turbo, reward_of(model.eval().requires_grad_(False), tokenizer, climb.bfloat16), climb)
             more = made.annotator_rows(settings.climbed_prompts, own)
             climbed.append(made.make_judged(folder / f"climbed{k}", more, GROUP, maker, own, f"climbs for round {k}"))
         plain_share = (1 - settings.climbs if k else 1.0) / sum(share for share, _ in sources)
         current = [(share * plain_share, b) for share, b in sources]
         if k:
-            current.append((settings.climbs, ballots(made.joined(climbed), tokenizer, config.seed + 1)))
+            current.append((settings.climbs, ballots(made.joined(climbed), tokenizer, config.seed + 1, settings.mixed)))
         model.requires_grad_(True)
         torch.manual_seed(config.seed + k)
         steps = config.steps if k else min(settings.first_steps, config.steps)

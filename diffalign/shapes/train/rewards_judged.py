@@ -73,14 +73,14 @@ def batched(score: Score, batch: int = 256) -> Score:
     return whole
 
 
-def on_held_out(score: Score, run: Path, weights: Path) -> dict[str, Any]:
+def on_held_out(score: Score, run: Path, weights: Path, device: str, per_task: int = prompts.PROMPTS_PER_TASK) -> dict[str, Any]:
     """A reward's figures on generated images of held-out prompts: one-step images of both splits, and those of `shapes` of the test."""
-    turbo, base = (export.load_pipeline(weights / name) for name in ("shapes-turbo", "shapes"))
+    turbo, base = (export.load_pipeline(weights / name, device) for name in ("shapes-turbo", "shapes"))
     score = batched(score)
     return {
-        "test, shapes-turbo": measured(score, one_step_images(run, turbo, "test")),
-        "test, shapes": measured(score, base_images(run, base, "test")),
-        "validation, shapes-turbo": measured(score, one_step_images(run, turbo, "validation")),
+        "test, shapes-turbo": measured(score, one_step_images(run, turbo, "test", per_task)),
+        "test, shapes": measured(score, base_images(run, base, "test", per_task)),
+        "validation, shapes-turbo": measured(score, one_step_images(run, turbo, "validation", per_task)),
     }
 
 
@@ -97,27 +97,41 @@ def climb_figures(run: Path) -> dict[str, dict[str, float]]:
     return figures
 
 
-def write_reward_card(run: Path, weights: Path, device: str) -> None:
-    """Measure the finished `shapes-reward` and write its card."""
+def write_reward_card(
+    run: Path,
+    weights: Path,
+    device: str,
+    first: loop.LoopConfig,
+    later: loop.LoopConfig,
+    tune: rewards_captioner_tune.TuneConfig,
+    scenes: int,
+    per_task: int,
+    flags: str,
+) -> None:
+    """Measure the finished `shapes-reward` and write its card.
+
+    first, later, tune, scenes: what it was trained with. flags: what followed the stages on the command line.
+    """
     folder = weights / "shapes-reward"
     model = rewards_captioner.load_captioner(folder).to(device)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    tune, first = rewards_captioner_tune.TuneConfig(), rewards_captioner.CONFIG
     states = [run / "captioner.safetensors", *(run / f"reward_round{k}.safetensors" for k in range(tune.rounds))]
     score = rewards_captioner_tune.final_reward(model, tokenizer)
-    figures = on_held_out(lambda images, texts: score(rewards_captioner_tune.as_pixels(images, device), texts), run, weights)
+    figures = on_held_out(
+        lambda images, texts: score(rewards_captioner_tune.as_pixels(images, device), texts), run, weights, device, per_task
+    )
     figures["judge accuracy of climbs, train prompts"] = climb_figures(run)
     card.write_card(
         folder,
         title="shapes-reward",
-        command="python -m diffalign.shapes.train captioner shapes-reward judge-shapes-reward",
+        command="python -m diffalign.shapes.train captioner shapes-reward judge-shapes-reward" + flags,
         config=first,
         seconds=sum(loop.progress(state)[1] for state in states if state.is_file()),
         figures=figures,
         data={
-            "scenes": rewards_captioner.SCENES,
-            "near copies": rewards_captioner.SCENES,
-            "rounds": f"{tune.rounds} of {rewards_captioner_tune.CONFIG.steps} steps, learning rate {rewards_captioner_tune.CONFIG.lr}",
+            "scenes": scenes,
+            "near copies": scenes,
+            "rounds": f"{tune.rounds} of {later.steps} steps, learning rate {later.lr}",
             "votes flipped": rewards_captioner_tune.FLIPPED,
             **{k: str(v) for k, v in dataclasses.asdict(tune).items() if k not in ("captions", "rounds")},
         },
@@ -132,18 +146,25 @@ def write_reward_card(run: Path, weights: Path, device: str) -> None:
     )
 
 
-def write_watch_card(run: Path, weights: Path, device: str) -> None:
-    """Measure the finished `shapes-watch` and write its card."""
+def write_watch_card(
+    run: Path,
+    weights: Path,
+    device: str,
+    config: loop.LoopConfig,
+    settings: rewards_watch.WatchConfig,
+    per_task: int,
+    flags: str,
+) -> None:
+    """Measure the finished `shapes-watch` and write its card; arguments as of `write_reward_card`."""
     folder = weights / "shapes-watch"
     score = rewards_watch.watch_scores(rewards_watch.load_watch(folder).to(device), CLIPTokenizer.from_pretrained(folder), device)
-    settings = rewards_watch.WatchConfig()
     card.write_card(
         folder,
         title="shapes-watch",
-        command="python -m diffalign.shapes.train shapes-watch judge-shapes-watch",
-        config=rewards_watch.CONFIG,
+        command="python -m diffalign.shapes.train shapes-watch judge-shapes-watch" + flags,
+        config=config,
         seconds=loop.progress(run / "watch.safetensors")[1],
-        figures=on_held_out(score, run, weights),
+        figures=on_held_out(score, run, weights, device, per_task),
         data={"scenes": settings.scenes, "near copies": settings.scenes, "votes flipped": rewards_watch.FLIPPED},
         device=device,
         notes=[
@@ -174,7 +195,7 @@ def auc_table(weights: Path, images: str = "test, shapes-turbo") -> str:
     return "\n".join(lines)
 
 
-def add_to_towers(run: Path, weights: Path, device: str) -> None:
+def add_to_towers(run: Path, weights: Path, device: str, per_task: int = prompts.PROMPTS_PER_TASK) -> None:
     """Put the figures of `shapes-clip` and `shapes-preference` on the same images into their cards."""
     models = {
         "shapes-clip": rewards_preference.load_clip(weights / "shapes-clip"),
@@ -183,4 +204,4 @@ def add_to_towers(run: Path, weights: Path, device: str) -> None:
     for name, model in models.items():
         tokenizer = CLIPTokenizer.from_pretrained(weights / name)
         score = rewards_preference.preference_scores(model.to(device).eval(), tokenizer, device)  # of one order with cosines
-        add_to_card(weights / name, "judged", on_held_out(score, run, weights))
+        add_to_card(weights / name, "judged", on_held_out(score, run, weights, device, per_task))
