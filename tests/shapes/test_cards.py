@@ -62,6 +62,19 @@ def test_the_watched_reward_shares_no_seed_no_architecture_and_no_weights(name):
     assert not any(value in long for value in mine.values())
 
 
+@pytest.mark.parametrize("name", ["shapes", "shapes-turbo", "shapes-flow"])
+def test_each_generator_is_measured_beside_what_its_autoencoder_can_draw(name):
+    drawn = list(card(name)["figures"].values())[-1]
+    if "finish" not in drawn:
+        pytest.skip(f"{name} was judged before there were measures beside the judge")
+    assert 0 <= drawn["test"]["overall"] <= 1
+    for one in (drawn["finish"]["colour deviation"], drawn["finish"]["template overlap"]):
+        assert one["ratio"] == pytest.approx(one["generated"] / one["decoded renders"], abs=2e-3)
+    assert drawn["Frechet distance"]["renders"] < drawn["Frechet distance"]["generated"]
+    assert all(0 <= drawn["near-duplicates"][kind] <= 1 for kind in ("generated", "renders"))
+    assert all(1 <= score <= drawn["diversity"]["images of each"] for score in drawn["diversity"]["Vendi score"].values())
+
+
 def test_a_section_is_put_into_a_card_that_stands_and_replaces_its_former_self(tmp_path):
     folder = tmp_path / "shapes-clip"
     cards.write_card(folder, title="x", command="c", config=LoopConfig(steps=1, lr=0.1), seconds=1.0, figures={"a": 1})
