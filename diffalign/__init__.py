@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.methods.table import METHODS
 
 if TYPE_CHECKING:
+    from diffalign.amortise import train_noise as train_noise
     from diffalign.hub import guided as guided
     from diffalign.hub import load_pipeline as load_pipeline
     from diffalign.hub import load_reward as load_reward
@@ -31,6 +32,7 @@ _LAZY = {
     "guided": "diffalign.hub",
     "RewardMix": "diffalign.rewards",
     "train": "diffalign.tuning",
+    "train_noise": "diffalign.amortise",
     **{row.class_name: row.module for row in METHODS},
 }
 

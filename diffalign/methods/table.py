@@ -29,6 +29,8 @@ class Method:
     """Whether it differentiates the reward, so that a reward without gradient is refused."""
     needs_steps: bool = False
     """Whether it steers a denoising loop of several steps, so that a one-step model is refused."""
+    needs_policy: bool = False
+    """Whether it uses what was trained for one model, so that others are refused."""
     from_budget: str | None = None
     """What builds it from (reward, budget=N): "" the class itself, else a classmethod of it. None: it has no budget."""
     paper: str
@@ -107,6 +109,15 @@ METHODS: tuple[Method, ...] = (
         from_budget="paper",
         paper="Chen et al. 2024, arXiv 2407.19453",
         summary="the same as the paper describes: one noise at a time, small steps, a network as baseline",
+    ),
+    Method(
+        name="amortised",
+        target="diffalign.methods.amortised:AmortisedNoise",
+        kind=NOISE,
+        needs_policy=True,
+        from_budget="shipped",
+        paper="Eyring et al. 2025, arXiv 2508.09968",
+        summary="noise that a small network, trained beforehand, has moved towards the reward; best of as many as the budget",
     ),
     Method(
         name="fk",

@@ -12,6 +12,7 @@ import pytest
 import diffalign
 from diffalign import methods
 from diffalign.methods import METHODS, BestOfN, ReNO, build_method, find_method, table
+from diffalign.noise_policy import NoisePolicy, PolicyShape
 from tests.places import ROOT
 
 NOISE = table.names("noise")
@@ -30,9 +31,15 @@ def test_a_row_leads_to_its_class_and_the_class_is_public(row):
 
 
 @pytest.mark.parametrize("name", NOISE)
-def test_a_search_is_built_at_its_budget_and_needs_what_its_row_says(name, curved):
+def test_a_search_is_built_at_its_budget_and_needs_what_its_row_says(name, curved, tmp_path, monkeypatch):
+    NoisePolicy(PolicyShape((2, 4, 4), 8)).save(tmp_path)
+    monkeypatch.setattr("diffalign.methods.amortised.SHIPPED", str(tmp_path))
     search = build_method(name, curved.reward(), 7)
     assert search.budget == 7
+    if find_method(name).needs_policy:
+        with pytest.raises(ValueError, match="trained for one model"):
+            search.search(curved.problem([3]))
+        return
     if find_method(name).needs_steps:
         with pytest.raises(ValueError, match="steers a denoising loop of several steps"):
             search.search(curved.problem([3]))
