@@ -57,4 +57,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         block = formula["block"] is not None
         return convert(html.unescape(formula["block"] if block else formula["inline"]), display="block" if block else "inline")
 
-    return FORMULA.sub(drawn, content)
+    content = FORMULA.sub(drawn, content)
+    if 'class="arithmatex"' in content:
+        log.warning("%s has a formula that was not turned into MathML", page.file.src_path)
+    return content

@@ -36,8 +36,8 @@ def commands() -> list[str]:
     found: dict[str, None] = {}
     for page in PAGES:
         text = page.read_text()
-        for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S):
-            for line in block.replace("\\\n", " ").splitlines():
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines() if language in ("", "bash", "sh") else ():
                 found.update(dict.fromkeys(re.findall(r"(?:^|do |-m )(diffalign(?:\.cli)? [^;]+)", line.strip())))
         found.update(dict.fromkeys(each.replace("\n", " ") for each in re.findall(r"`(diffalign \w[^`]+)`", text)))
     return [each for each in found if len(shlex.split(each, comments=True)) > 2 and "COMMAND" not in each]
