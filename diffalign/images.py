@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ class Picture:
         """In [0, 1]."""
         return self.levels.astype(np.float32) / 255 if self.levels.dtype == np.uint8 else self.levels
 
+    @property
+    def bytes(self) -> UInt8[np.ndarray, "h w 3"]:
+        """Rounded to 8 bits."""
+        return self.levels if self.levels.dtype == np.uint8 else (self.levels * 255).round().astype(np.uint8)
+
     def tensor(self) -> Float[Tensor, "3 h w"]:
         import torch
 
@@ -65,6 +70,14 @@ def read_image(path: str | Path) -> Float[Tensor, "3 h w"]:
             _told.add(note)
             logger.warning("%s: %s (said once)", path, note)
     return picture.tensor()
+
+
+def read_pixels(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """An image file in 8 bits. Raises ValueError naming the file where it is cut short or no image, OSError where it cannot be read."""
+    try:
+        return decode(path.read_bytes()).bytes
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}; delete it and run again") from error
 
 
 def decode(data: bytes) -> Picture:

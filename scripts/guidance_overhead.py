@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffalign.commands import evaluation
+from diffalign.evaluation import machine
 from diffalign.files import write_json
 from diffalign.hub import load_pipeline
 from diffalign.methods.adaptive_guidance import AdaptiveGuidance
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", "scripts/guidance_overhead.py", *(sys.argv[1:] if argv is None else argv)]),
-        **evaluation.machine(pipeline.device),
+        **machine.machine(pipeline.device),
         "steps": args.steps,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from diffalign.benchmarks.shapes import ShapesBenchmark
-from diffalign.commands import evaluation
+from diffalign.benchmarks.shapes.benchmark import ShapesBenchmark
 from diffalign.commands.train import sampler
+from diffalign.evaluation import machine
 from diffalign.evaluation.similarity import perceptual_distance, ssim
 from diffalign.files import read_json, whole_file, write_json, write_text
 from diffalign.hub import load_pipeline
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "date": now(),
         "command": shlex.join(["python", "scripts/guidance_table.py", *(sys.argv[1:] if argv is None else argv)]),
-        **evaluation.machine(pipeline.device),
+        **machine.machine(pipeline.device),
         "config": {name: value if not isinstance(value, Path) else value.name for name, value in vars(args).items()},
         "guidance_scale": pipeline.defaults["guidance_scale"],
         "steps": {

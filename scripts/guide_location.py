@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import diffalign
-from diffalign.commands import evaluation
+from diffalign.evaluation import machine
 from diffalign.files import write_json
 from diffalign.reports.statistics import paired_difference
 from diffalign.shapes import prompts, scenes
@@ -126,7 +126,7 @@ def main() -> None:
     facts = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **evaluation.machine(pipe.device),
+        **machine.machine(pipe.device),
         "split": args.split,
         "position prompts": len(position),
         "seeds": args.seeds,

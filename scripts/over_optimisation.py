@@ -32,7 +32,7 @@ import torch
 
 import diffalign
 from diffalign import reward_models
-from diffalign.benchmarks.shapes import ShapesBenchmark
+from diffalign.benchmarks.shapes.benchmark import ShapesBenchmark
 from diffalign.files import differing_settings, read_json, write_json, write_text
 from diffalign.reports.statistics import overall_estimate, paired_difference
 from diffalign.reports.summary import interval, table

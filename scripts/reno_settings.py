@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import diffalign
-from diffalign.commands import evaluation
+from diffalign.evaluation import machine
 from diffalign.files import write_json
 from diffalign.reports.statistics import paired_difference
 from diffalign.shapes import prompts
@@ -73,7 +73,7 @@ def main() -> None:
     facts = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **evaluation.machine(pipe.device),
+        **machine.machine(pipe.device),
         "prompts": len(rows),
         "reward": args.reward,
     }

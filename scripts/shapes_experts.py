@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import diffalign
-from diffalign.commands import evaluation
+from diffalign.evaluation import machine
 from diffalign.files import read_json, write_json
 from diffalign.methods.experts_fit import ExpertSettings, train_experts
 from diffalign.reports.statistics import paired_difference
@@ -55,7 +55,7 @@ def main() -> None:
     facts = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **evaluation.machine(pipe.device),
+        **machine.machine(pipe.device),
         "training prompts": len(texts),
         "seconds of training": seconds,
         "ranges": read_json(args.experts / "report.json")["ranges"],

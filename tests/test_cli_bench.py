@@ -12,7 +12,7 @@ from PIL import Image
 from diffalign.cli import main
 from diffalign.rules import TASKS
 
-FILES = {"settings.json", "results.jsonl", "units.jsonl", "protocol.json", "LIMITED.txt"}
+FILES = {"settings.json", "results.jsonl", "units.jsonl", "protocol.json", "LIMITED.txt", "failures.html"}
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +198,11 @@ def test_a_run_resumed_under_a_changed_preset_is_refused(of_a_preset, tmp_path, 
 
 
 def test_a_run_resumed_under_other_versions_is_refused_unless_allowed(of_a_preset, tmp_path, capsys, monkeypatch):
-    from diffalign.commands import evaluation
+    from diffalign.evaluation import machine
 
     command = [*of_a_preset[1][:-1], str(copy(of_a_preset[0], tmp_path))]
-    now = evaluation.versions()
-    monkeypatch.setattr(evaluation, "versions", lambda: {**now, "diffusers": "99.0"})
+    now = machine.versions()
+    monkeypatch.setattr(machine, "versions", lambda: {**now, "diffusers": "99.0"})
     command[command.index("--limit") + 1] = "4"
     assert main(command) == 1
     assert f"versions diffusers: '{now['diffusers']}' -> '99.0'" in capsys.readouterr().err
@@ -212,21 +212,21 @@ def test_a_run_resumed_under_other_versions_is_refused_unless_allowed(of_a_prese
 
 def test_a_call_that_cannot_load_leaves_what_was_there(of_a_preset, tmp_path, capsys, monkeypatch):
     """--overwrite deletes when the models are there, not before."""
-    from diffalign.commands import evaluation
+    from diffalign.cli import parts
 
     def fails(*arguments):
         raise OSError("no such model")
 
     out = copy(of_a_preset[0], tmp_path)
     before = images(out, "none")
-    monkeypatch.setattr(evaluation, "load_parts", fails)
+    monkeypatch.setattr(parts, "load_parts", fails)
     assert main([*of_a_preset[1][:-1], str(out), "--seed", "3", "--overwrite"]) == 1
     assert images(out, "none").keys() == before.keys()
 
 
 def test_the_main_process_deletes_while_the_others_wait():
     """The order of calls in two processes of a launcher."""
-    from diffalign.commands.judging import Share
+    from diffalign.evaluation.processes import Share
 
     calls = []
     for main_process in (True, False):

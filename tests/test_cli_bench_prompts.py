@@ -64,7 +64,7 @@ def test_a_search_is_judged_by_what_it_climbed_and_by_what_it_did_not(bench, tmp
     assert out.index("Mean jpeg-incompressibility (watched)") < out.index("Mean brightness (optimised)")  # what nobody climbed comes first
     assert "2 of 4 images are already in" in out
     assert json.loads((tmp_path / "summary.json").read_text())["methods"]["best-of-n"]["cost"]["reward_calls"] == 2
-    assert main(["bench", "compare", str(tmp_path / "none"), str(tmp_path / "best-of-n"), "--out", str(tmp_path / "compared")]) == 0
+    assert main(["compare", str(tmp_path / "none"), str(tmp_path / "best-of-n"), "--out", str(tmp_path / "compared")]) == 0
     text = capsys.readouterr().out
     assert "## brightness" in text
     assert "## jpeg-incompressibility" in text
@@ -162,10 +162,8 @@ def test_a_report_loads_no_judge(bench, tmp_path, judge, monkeypatch):
         ("dpg", ["--answers", "nowhere.json"], "--answers nowhere.json does not exist"),
         ("dpg", ["--answers", "nowhere.json", "--judge", "vlm"], "give one of them"),
         ("dpg", ["--judge", "vlm", "--questions", "nowhere.csv"], "name that file with --questions"),
-        ("geneval2", ["--questions", "x.csv", "--judge", "vlm"], "--questions belongs to dpg, not to geneval2"),
         ("hpsv2", ["--reward", "brightness", "--samples", "2"], "one image per prompt"),
         ("drawbench", ["--reward", "brightness", "--grid", "grid.png"], "drawbench gives scores instead"),
-        ("geneval", ["--detector", "hf", "--judge", "vlm"], "--judge belongs to dpg and geneval2, not to geneval"),
     ],
 )
 def test_wrong_options_fail_before_anything_is_made(bench, tmp_path, monkeypatch, name, more, message):

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffalign.cli import main
-from diffalign.commands.generate import SLUG_LENGTH, slug
+from diffalign.cli.generate import SLUG_LENGTH, slug
 
 FILES = {"before.png", "after.png", "strip.png", "rewards.png", "noise.safetensors", "trace.json"}
 
@@ -294,7 +294,7 @@ def test_an_error_in_a_later_batch_keeps_the_earlier_ones(generate, tmp_path, mo
     """Stopped between prompts, the run goes on where it was and ends as if never stopped."""
     prompts = ["a star", "a heart", "a cross"]
     generate(*prompts, "--batch-size", 1, out=tmp_path / "straight")
-    import diffalign.commands.generate as module
+    import diffalign.cli.generate as module
 
     save, count = module.save, [0]
 
@@ -322,7 +322,7 @@ def test_a_run_killed_in_the_middle_goes_on(generate, tiny_folder, tmp_path, sig
     prompts = [f"{i} stars" for i in range(6)]
     arguments = [*prompts, "--batch-size", "1", "--method", "best-of-n"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "diffalign.cli", *command(tiny_folder, tmp_path / "out", *arguments, budget=60)[1:]]
+    line = [sys.executable, "-m", "diffalign", *command(tiny_folder, tmp_path / "out", *arguments, budget=60)[1:]]
     # a shell's background jobs ignore Ctrl-C, and what they start inherits that; the command must not, to be interrupted here
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)

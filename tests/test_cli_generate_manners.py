@@ -78,12 +78,12 @@ def test_it_says_at_once_what_it_loads(generate, monkeypatch, capsys):
 
 
 def test_words_that_the_embedded_model_does_not_know_are_named_before_anything_runs(tmp_path, monkeypatch, capsys):
-    from diffalign.commands import evaluation
+    from diffalign.cli import parts
 
     def fails(*arguments):
         raise OSError("stop here")
 
-    monkeypatch.setattr(evaluation, "load_parts", fails)
+    monkeypatch.setattr(parts, "load_parts", fails)
     assert main(["generate", "an astronaut", "a red circle", "--out", str(tmp_path / "out")]) == 1
     assert "have never read astronaut" in capsys.readouterr().err
     assert main(["generate", "a photo of a red circle left of two small stars", "--out", str(tmp_path / "out")]) == 1

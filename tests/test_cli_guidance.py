@@ -7,7 +7,8 @@ import json
 import pytest
 
 from diffalign.cli import main
-from diffalign.commands.guidance import FROM_FILE, summary
+from diffalign.cli.guidance_words import summary
+from diffalign.cli.options import FROM_FILE
 from diffalign.methods.guidance_search import SearchedGuidance
 from diffalign.methods.linear_guidance import LinearCoefficients
 
@@ -75,7 +76,7 @@ def test_a_refresh_is_taken(generate):
 
 def test_the_user_is_told_what_was_saved(generate, monkeypatch):
     told = []
-    monkeypatch.setattr("diffalign.commands.generate.tqdm.write", told.append)
+    monkeypatch.setattr("diffalign.cli.generate.tqdm.write", told.append)
     generate("--guidance", "fixed")
     assert told[-1].endswith(" s, 6 evaluations instead of 8")
     generate(out="plain")

@@ -130,11 +130,9 @@ def test_what_calibrate_refuses(tmp_path, capsys):
 
 
 def test_default_weights_are_of_native_units():
-    from argparse import Namespace
     from pathlib import Path
 
-    from diffalign.commands import options
+    from diffalign.cli.options import DEFAULT_REWARD, Rewards
 
-    given = {"reward": None, "watch": None, "pipeline": "shapes-turbo", "reward_rule": "weighted"}
-    assert options.reward_mix(Namespace(**given, calibration=None)) == options.DEFAULT_REWARD
-    assert set(options.reward_mix(Namespace(**given, calibration=Path(__file__))).values()) == {1.0}
+    assert Rewards().mix("shapes-turbo") == DEFAULT_REWARD
+    assert set(Rewards(calibration=Path(__file__)).mix("shapes-turbo").values()) == {1.0}

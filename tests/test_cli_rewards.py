@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from diffalign.cli import main
-from diffalign.commands import rewards
+from diffalign.cli import main, rewards
 from diffalign.hub import reward_specs
 from tests.places import ROOT
 

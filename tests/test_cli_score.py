@@ -14,8 +14,8 @@ from PIL import Image
 
 from diffalign import load_reward
 from diffalign.cli import main
-from diffalign.commands import score_run
-from diffalign.commands.image_files import list_images
+from diffalign.evaluation import score_run
+from diffalign.evaluation.image_files import list_images
 from diffalign.images import Picture, read_image
 from tests import scored
 from tests.places import WEIGHTS

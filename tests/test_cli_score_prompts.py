@@ -7,9 +7,9 @@ import unicodedata
 
 import pytest
 
-from diffalign.commands import image_prompts
-from diffalign.commands.image_files import list_images
-from diffalign.commands.image_prompts import find_prompts
+from diffalign.evaluation import image_prompts
+from diffalign.evaluation.image_files import list_images
+from diffalign.evaluation.image_prompts import find_prompts
 
 
 def make(folder, *names, **texts):

@@ -17,8 +17,8 @@ from PIL import Image
 
 import diffalign.hub as hub
 from diffalign import load_reward
-from diffalign.commands import score_run
-from diffalign.commands.image_files import list_images
+from diffalign.evaluation import score_run
+from diffalign.evaluation.image_files import list_images
 from diffalign.files import appending, read_lines
 from diffalign.reward_models.base import RewardModel
 from tests import scored
@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on(tmp_path, score):
         Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(tmp_path / "many" / f"{i:03d}.png", compress_level=0)
     out = tmp_path / "out" / "scores" / "jpeg-compressibility.jsonl"
     kept = f"of 300 scores are kept in {tmp_path / 'out'}; the same command continues"
-    line = [sys.executable, "-m", "diffalign.cli", "score", str(tmp_path / "many"), "--reward", "jpeg-compressibility"]
+    line = [sys.executable, "-m", "diffalign", "score", str(tmp_path / "many"), "--reward", "jpeg-compressibility"]
     line += ["--batch-size", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # a shell's background jobs ignore Ctrl-C, and what they start inherits that; the command must not, to be interrupted here

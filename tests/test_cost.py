@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffalign.commands.cost import Meter
+from diffalign.evaluation.cost import Meter
 from diffalign.hub import load_reward
 from diffalign.methods import BestOfN
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from diffalign.commands.compare import markdown as compared
+from diffalign.reports.compare import markdown as compared
 from diffalign.reports.summary import markdown
 from tests.places import ROOT, linked
 

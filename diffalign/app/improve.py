@@ -18,7 +18,7 @@ import pandas as pd
 import diffalign
 from diffalign.app import pictures
 from diffalign.app.live import Search, Seen, follow
-from diffalign.commands.evaluation import DEFAULT_REWARD
+from diffalign.cli.options import DEFAULT_REWARD
 from diffalign.methods import build_method
 from diffalign.methods.table import METHODS, NOISE, names
 

@@ -1,32 +1,32 @@
-"""What a benchmark is: a list of items to generate, and a judge of a folder. The two meet only on disk, in GenEval's layout.
+"""What a benchmark is: prompts, rules to judge their images by, and what its official evaluator reads and writes.
 
-    FOLDER/settings.json                     what made the images; a run with other settings is refused
-    FOLDER/00012/metadata.jsonl              the prompt's row, one JSON object
-    FOLDER/00012/samples/00000.png           one image per sample
-    FOLDER/00012/traces/00000.json           how that image came about; written last, so its presence marks the item done
-
-So generation resumes where it stopped, any program's images can be judged, and our images can be judged by upstream's code.
+A benchmark generates nothing and reads no folder of scores: evaluation/ makes its items, asks its scorers, and keeps what they say.
+docs/adding_a_benchmark.md shows a whole one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 import numpy as np
-from PIL import Image
+from jaxtyping import UInt8
 
-from diffalign.files import differing_settings, read_json, whole_file, write_json, write_text
+from diffalign.benchmarks.context import BenchmarkOptions, Context
+from diffalign.files import read_json
+from diffalign.types import RewardModel
+
+if TYPE_CHECKING:
+    from diffalign.benchmarks.models.vqa import Judge
 
 SHUFFLE = "prompts of a limited run, 1"  # the seed of --limit; another one draws other prompts
-FORMATS = {".png": {"format": "PNG"}, ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0}}
+Record: TypeAlias = Mapping[str, Any]
+"""A JSON object: a prompt's metadata, a row of results, a trace."""
+Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Item:
     seed: int
     task: str
     prompt: str
-    metadata: Mapping[str, Any]
+    metadata: Record
     path: str | None = None
 
     @property
@@ -68,21 +68,152 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Generated:
-    """An image and, as plain JSON data, how it came about: at least "seconds", "best" and "rewards" (name -> one score per evaluation)."""
+class Prompt:
+    """One prompt of a benchmark."""
 
-    image: Image.Image
-    trace: Mapping[str, Any]
+    index: int
+    """Its row; a prompt is known by it, since lists repeat prompts."""
+    task: str
+    """The group whose mean is reported."""
+    text: str
+    metadata: Record = field(default_factory=dict)
+    """What its rules judge by."""
+    path: Callable[[int], str] | None = None
+    """From the sample's number to the image's place in a method's folder; None: as GenEval has it."""
+
+
+class Scorer(Protocol):
+    """Judges images of items, one JSON object each. `name` is part of a file name; `version` says what the scores depend on."""
+
+    name: str
+    version: str
+
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A scorer and the items that it judges. `positions`: where these stand among all of the run, which decides their shards.
+
+    An image is judged by the shard that makes it: the others may not have it yet, or at all.
+    """
+
+    scorer: Scorer
+    items: Sequence[Item]
+    positions: Sequence[int] | None = None
+
+
+Judgements: TypeAlias = Mapping[str, tuple[Scorer, Record]]
+"""Of one image: scorer name -> the scorer and what it said."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where a benchmark gets the models that it may not know: from whoever runs it. Each is loaded when it is first asked."""
+
+    device: str
+    reward: Callable[[str], RewardModel]
+    """A reward by name."""
+    unit: Callable[[str], str]
+    """What that reward's scores are in."""
+    vlm: Callable[[str | None], Judge]
+    """A model that answers questions, from a folder or hub id; None: the default one."""
+    vlm_name: Callable[[str | None], str]
+    """What results call it."""
 
 
 class Benchmark(Protocol):
-    """A set of prompts with rules to judge by. `score` returns one row per item, in the order of `items()`; a missing image is an error."""
+    """What every benchmark gives, as a frozen dataclass that inherits from this class; what has a body here may be left as it is.
 
-    name: str
+    `build`, `prompts`, `tasks`, `row` and `protocol` are its own. The four fields are read by what is written here.
+    """
 
-    def items(self) -> list[Item]: ...
+    samples: int
+    limit: int | None
+    seed: int
+    batch_size: int
+    """Images shown to a scorer at once."""
 
-    def score(self, folder: Path) -> list[dict[str, Any]]: ...
+    pooled: ClassVar[bool] = False
+    """"overall" is the mean over prompts, not over tasks."""
+    breakdown_title: ClassVar[str] = ""
+    """Of `breakdown`'s table."""
+
+    @property
+    def name(self) -> str: ...
+
+    @classmethod
+    def build(cls, options: BenchmarkOptions, context: Context) -> Self:
+        """Without models. Raises ValueError or FileNotFoundError where its prompts cannot be had."""
+        ...
+
+    def prompts(self) -> Sequence[Prompt]:
+        """All of them, whatever the limit."""
+        ...
+
+    def with_judges(self, models: Models) -> Self:
+        """With what `tasks` needs. Raises OSError or ValueError where weights cannot be had."""
+        return self
+
+    def tasks(self) -> list[Task]:
+        """What there is to judge. Raises ValueError where a scorer is missing."""
+        ...
+
+    def row(self, item: Item, judged: Judgements) -> Record:
+        """The item's row of results.jsonl: filename, tag, prompt; and "correct" with "reason", "value", or "values" by measure."""
+        ...
+
+    def protocol(self) -> Record:
+        """What a figure of this run must be quoted with."""
+        ...
+
+    # ---- the same for all --------------------------------------------------------------------------------------------------------
+
+    def items(self) -> list[Item]:
+        """The images of the run: `limit` prompts, as many of each task as goes, with `samples` each."""
+        prompts = self.prompts()
+        chosen = spread_over_tasks([prompt.task for prompt in prompts], self.limit)
+        return [_item(prompts[place], sample, self.seed) for place in chosen for sample in range(self.samples)]
+
+    def limited(self) -> str | None:
+        """What a figure of fewer than all prompts must be quoted with."""
+        return limited_to([prompt.task for prompt in self.prompts()], self.limit)
+
+    # ---- what may be left as it is -----------------------------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Raises where judging would fail for want of a file: before hours of generation, not after."""
+
+    def settings(self) -> Record:
+        """What images depend on, besides what every run's do."""
+        return {}
+
+    def export(self, folder: Path) -> None:
+        """Writes images in its evaluator's layout, where that differs from ours."""
+
+    def bring(self, images: Path, out: Path) -> Path:
+        """The reverse, for images made elsewhere: the folder to judge, `images` itself or one in `out`."""
+        return images
+
+    def official(self, folder: Path, rows: Sequence[Record]) -> None:
+        """Writes what its evaluator writes."""
+
+    def breakdown(self, rows: Sequence[Record]) -> Mapping[str, float]:
+        """A division of its own: group -> number; empty where there is none."""
+        return {}
+
+
+def require_counts(benchmark: Benchmark) -> None:
+    """Raises ValueError for samples or a limit below 1."""
+    if benchmark.samples < 1:
+        raise ValueError(f"samples must be at least 1; got {benchmark.samples}")
+    if benchmark.limit is not None and benchmark.limit < 1:
+        raise ValueError(f"limit must be at least 1 prompt; got {benchmark.limit}")
+
+
+def _item(prompt: Prompt, sample: int, seed: int) -> Item:
+    path = prompt.path(sample) if prompt.path else None
+    return Item(prompt.index, sample, item_seed(seed, prompt.index, sample), prompt.task, prompt.text, prompt.metadata, path)
 
 
 def item_seed(seed: int, index: int, sample: int) -> int:
@@ -115,165 +246,3 @@ def limited_to(tasks: Sequence[str], limit: int | None) -> str | None:
     each = f"{least}" if least == most else f"{least} to {most}"
     where = "a task" if len(set(tasks)) == len(counts) else f"of {len(counts)} of {len(set(tasks))} tasks"
     return f"limited to {each} prompt{'s' if most > 1 else ''} {where} ({limit} of {len(tasks)})"
-
-
-ENTRY_BY_ENTRY = ("preset", "versions", "resolved")
-ABSENT_BEFORE = ("preset", "weights", "versions", "resolved")
-"""What runs of before 2026-11-24 do not record; a run without it is continued, and records it from then on."""
-
-
-def check_run(folder: Path, settings: Mapping[str, Any], overwrite: bool = False, other_versions: bool = False) -> bool:
-    """Whether `folder` holds images made with other settings, which `overwrite` allows to delete. Nothing is written.
-
-    other_versions: images made with other versions of libraries are no other settings. Raises ValueError where the folder holds images
-    made with other settings and they may not be deleted, or files that are not ours.
-    """
-    marker = folder / "settings.json"
-    if not marker.is_file():
-        if folder.is_dir() and any(not path.name.startswith(".partial-") for path in folder.iterdir()):
-            raise ValueError(f"{folder} exists and was not made by this benchmark (it has no settings.json); choose another --out")
-        return False
-    changed = _changed(read_json(marker), settings, other_versions)
-    if changed and not overwrite:
-        what = f"{folder} holds images made with other settings ({'; '.join(changed)})"
-        advice = "choose another --out, or --overwrite to make them anew"
-        if all(change.startswith("versions ") for change in changed):
-            advice += ", or --allow-changed-versions to go on and say so in the report"
-        raise ValueError(f"{what}; {advice}")
-    return bool(changed)
-
-
-def open_run(folder: Path, settings: Mapping[str, Any], overwrite: bool = False, other_versions: bool = False) -> None:
-    """Starts a folder of images made with `settings`, or continues one. `overwrite` deletes a folder made with other settings.
-
-    Raises ValueError as `check_run` does.
-    """
-    marker = folder / "settings.json"
-    if check_run(folder, settings, overwrite, other_versions):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = read_json(marker) if marker.is_file() else {}
-    missing = {name: value for name, value in settings.items() if found.get(name) is None}
-    if missing or not found:
-        write_json(marker, {**found, **missing})
-
-
-def record_session(folder: Path, session: Mapping[str, Any]) -> None:
-    """Adds where and when images are made to an open run, where it does not know that place yet."""
-    marker = folder / "settings.json"
-    found = read_json(marker)
-    sessions = found.get("sessions", [])
-    if all({**each, "date": None} != {**session, "date": None} for each in sessions):
-        write_json(marker, {**found, "sessions": [*sessions, session]})
-
-
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any], other_versions: bool) -> list[str]:
-    known = {name for name in ABSENT_BEFORE if old.get(name) is None or new.get(name) is None} | {"sessions"}
-    known |= {"versions"} if other_versions else set()
-    pair = ({name: value for name, value in each.items() if name not in known} for each in (old, new))
-    return differing_settings(*pair, within=ENTRY_BY_ENTRY)
-
-
-def to_make(items: Sequence[Item], folder: Path, batch_size: int) -> list[list[Item]]:
-    """The batches with missing items, made up as in a run that was never stopped, since a batch's size moves the last digits of its images.
-
-    The traces of the images that are there say who was made together; a batch that lacks an image is made again as a whole. What no trace
-    speaks of is cut into new batches, in order.
-    """
-    known = {item.name: item for item in items}
-    together: dict[str, list[str]] = {}
-    for item in items:
-        if item.trace_path(folder).is_file():
-            members = read_json(item.trace_path(folder)).get("batch", [item.name])
-            together.update(dict.fromkeys(members, members))
-    missing = [item for item in items if not item.is_done(folder)]
-    again = {tuple(together[item.name]): None for item in missing if item.name in together}
-    fresh = [item for item in missing if item.name not in together]
-    batches = [[known[name] for name in members if name in known] for members in again]
-    return batches + [fresh[start : start + batch_size] for start in range(0, len(fresh), batch_size)]
-
-
-def generate_missing(
-    items: Sequence[Item],
-    folder: Path,
-    generate: Callable[[Sequence[Item]], Sequence[Generated]],
-    batch_size: int,
-) -> int:
-    """Makes the items that `folder` lacks, in the batches of `to_make`, saving each batch before the next. Returns how many it saved."""
-    saved = 0
-    for batch in to_make(items, folder, batch_size):
-        names = {"batch": [item.name for item in batch]} if len(batch) > 1 else {}
-        for item, generated in zip(batch, generate(batch), strict=True):
-            if not item.is_done(folder):
-                save(item, Generated(generated.image, {**generated.trace, **names}), folder)
-                saved += 1
-    return saved
-
-
-def save(item: Item, generated: Generated, folder: Path) -> None:
-    """Writes one item's row, image and trace, the trace last."""
-    image_path, trace_path = item.image_path(folder), item.trace_path(folder)
-    for path in (image_path, trace_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if item.path is None:  # GenEval's folder belongs to one prompt
-        write_text(image_path.parent.parent / "metadata.jsonl", json.dumps(item.metadata) + "\n")
-    data = encoded(item, generated.image)
-    with whole_file(image_path) as temporary:
-        temporary.write_bytes(data)
-    facts = {
-        "prompt": item.prompt,
-        "index": item.index,
-        "sample": item.sample,
-        "seed": item.seed,
-        "size": list(generated.image.size),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    write_json(trace_path, {**facts, **generated.trace})
-
-
-def encoded(item: Item, image: Image.Image) -> bytes:
-    """The image as it is written to the disk."""
-    buffer = io.BytesIO()
-    image.save(buffer, **FORMATS[Path(item.name).suffix])
-    return buffer.getvalue()
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image as "h w 3" uint8. Raises ValueError naming the file where it is cut short or no image."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} is not a whole image ({error}); delete it and run again") from error
-
-
-def require_prompts(items: Sequence[Item], folder: Path) -> None:
-    """Compares the prompts that lie beside images, NNNNN/metadata.jsonl, with the benchmark's own; a folder without is taken as it is.
-
-    Raises ValueError naming the first that differs: a folder that was filtered or numbered anew would be judged by the wrong prompts.
-    """
-    for item in items:
-        file = item.image_path(folder).parent.parent / "metadata.jsonl"
-        if item.path is not None or item.sample or not file.is_file():
-            continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{file} must be a JSON object with a "prompt" ({error}); copy it again or delete it') from error
-        if found != item.prompt:
-            raise ValueError(
-                f"{file} says {found!r}, and prompt {item.index} of this benchmark is {item.prompt!r}; the folder is of other prompts, or "
-                "was filtered or numbered anew: give its images the numbers of their prompts"
-            )
-
-
-def require_complete(items: Sequence[Item], folder: Path) -> None:
-    """Raises FileNotFoundError where any image is missing: a mean over the rest would look like a result."""
-    missing = [item.name for item in items if not item.image_path(folder).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {len(missing)} of {len(items)} images (first {missing[0]}); generate them before judging, or set a --limit"
-        )

@@ -5,13 +5,13 @@ The judge's accuracy stands beside the rewards that were optimised and those tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from diffalign.benchmarks.base import Benchmark, Record
 from diffalign.files import write_json, write_text
 from diffalign.reports.pages import report_page
 from diffalign.reports.statistics import (
@@ -29,11 +29,11 @@ from diffalign.reports.statistics import (
 class Judged:
     """One method's results, in the order of the benchmark's items: the judge's rows, and the trace of each image."""
 
-    rows: Sequence[Mapping[str, Any]]
-    traces: Sequence[Mapping[str, Any]]
+    rows: Sequence[Record]
+    traces: Sequence[Record]
 
 
-def summarise(judged: Mapping[str, Judged], baseline: str = "none", measure: str | None = None, pooled: bool = False) -> dict[str, Any]:
+def summarise(judged: Mapping[str, Judged], baseline: str = "none", measure: str | None = None, pooled: bool = False) -> Record:
     """Scores, rewards and costs of every method, and each one's paired difference to the baseline, as plain JSON data.
 
     measure: which of the rows' "values"; None for rows that hold one verdict or value. pooled: overall is the mean over all prompts, not
@@ -73,7 +73,36 @@ def summarise(judged: Mapping[str, Judged], baseline: str = "none", measure: str
     }
 
 
-def few_prompts(tasks: Mapping[str, Mapping[str, Any]]) -> str | None:
+def summarise_run(
+    benchmark: Benchmark, judged: Mapping[str, Judged], verdicts: bool, by_reward: bool = False, optimised: Collection[str] = ()
+) -> Record:
+    """The summary of every measure, the first at the top, and the benchmark's own division.
+
+    verdicts: right or wrong rather than scores. by_reward, optimised: rewards judge, and which of them a search climbed; titles say so.
+    """
+
+    def title(measure: str) -> str:
+        mark = "" if not (by_reward and optimised) else " (optimised)" if measure in optimised else " (watched)"
+        return f"Mean {measure}{mark}"
+
+    first, *others = measures(next(iter(judged.values())).rows)
+    summary = {
+        "measure": "Judge accuracy" if verdicts else title(first) if first else "Mean scores",
+        **summarise(judged, measure=first, pooled=benchmark.pooled),
+    }
+    if others:
+        found = {name: {"measure": title(name), **summarise(judged, measure=name, pooled=benchmark.pooled)} for name in others}
+        for further in found.values():
+            for method in further["methods"].values():
+                del method["rewards"], method["cost"]  # they stand at the top
+        summary["further"] = found
+    divisions = {name: division for name, each in judged.items() if (division := benchmark.breakdown(each.rows))}
+    if divisions:
+        summary["breakdown"] = {"title": benchmark.breakdown_title, "methods": divisions}
+    return summary
+
+
+def few_prompts(tasks: Mapping[str, Record]) -> str | None:
     """A warning where tasks have too few prompts for their intervals to be more than a rough guide. tasks: name -> its estimate."""
     counts = {name: estimate["prompts"] for name, estimate in tasks.items() if estimate["prompts"] < FEW_PROMPTS}
     if not counts:
@@ -84,25 +113,25 @@ def few_prompts(tasks: Mapping[str, Mapping[str, Any]]) -> str | None:
     return f"{which}: {held} prompts, where {FEW_PROMPTS} or more are wanted; read intervals as a rough guide, and draw no conclusion"
 
 
-def measures(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+def measures(rows: Sequence[Record]) -> list[str | None]:
     """What the rows measure: names, or [None] where they hold one verdict or value."""
     return list(rows[0]["values"]) if "values" in rows[0] else [None]
 
 
-def value(row: Mapping[str, Any], measure: str | None = None) -> float:
+def value(row: Record, measure: str | None = None) -> float:
     """A row's verdict as 0 or 1, or its score where the benchmark gives scores."""
     if measure is not None:
         return float(row["values"][measure])
     return float(row["correct"] if "correct" in row else row["value"])
 
 
-def estimates(rows: Sequence[Mapping[str, Any]], measure: str | None = None) -> dict[str, dict[str, Any]]:
+def estimates(rows: Sequence[Record], measure: str | None = None) -> dict[str, Record]:
     """Each task's mean with its interval: Wilson's for verdicts, `mean_interval` for scores."""
     method = task_estimates if "correct" in rows[0] else task_means
     return {task: asdict(estimate) for task, estimate in method(*columns(rows, measure)).items()}
 
 
-def columns(rows: Sequence[Mapping[str, Any]], measure: str | None = None) -> tuple[list[float], list[Any], list[str]]:
+def columns(rows: Sequence[Record], measure: str | None = None) -> tuple[list[float], list[int | str], list[str]]:
     """Values, prompts and tasks. A prompt is known by its place in the list where rows tell it, since lists repeat prompts."""
     return [value(r, measure) for r in rows], [r.get("index", r["prompt"]) for r in rows], [r["tag"] for r in rows]
 
@@ -114,7 +143,7 @@ def strata(tasks: Sequence[str], pooled: bool) -> list[str]:
 COSTS = {"seconds": "s/image", "nfe": "evaluations of the network", "reward_calls": "reward calls", "peak_memory_mb": "peak memory (GB)"}
 
 
-def mean_cost(traces: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def mean_cost(traces: Sequence[Record]) -> dict[str, float | None]:
     """Per image, over the images that have it recorded; of the memory the peak of all."""
     cost = {}
     for name in COSTS:
@@ -128,7 +157,7 @@ def _mean(numbers: Sequence[float]) -> float | None:
     return float(np.mean(numbers)) if numbers else None
 
 
-def _before_and_after(traces: Sequence[Mapping[str, Any]], reward: str) -> dict[str, float | int | None]:
+def _before_and_after(traces: Sequence[Record], reward: str) -> dict[str, float | int | None]:
     """Means over the images whose two scores are numbers (a trace holds None for nan and inf), and how many those are."""
     pairs = [(trace["rewards"][reward][0], trace["rewards"][reward][trace["best"]]) for trace in traces]
     finite = np.array([pair for pair in pairs if None not in pair], dtype=float).reshape(-1, 2)
@@ -136,7 +165,7 @@ def _before_and_after(traces: Sequence[Mapping[str, Any]], reward: str) -> dict[
     return {"before": before, "after": after, "images": len(finite)}
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
+def markdown(summary: Record) -> str:
     """The summary as tables, and the facts needed to make them again.
 
     `optimised`, `measure`, `further` (name -> a summary of another measure), `breakdown`, `tables`, `limited` and `facts` are read where
@@ -169,7 +198,7 @@ def stamped(parts: Sequence[str], limited: str | None) -> list[str]:
     return [f"{part}, {limited}" if limited and part.startswith("## ") else part for part in parts]
 
 
-def _measure_tables(summary: Mapping[str, Any], title: str) -> list[str]:
+def _measure_tables(summary: Record, title: str) -> list[str]:
     parts = [f"## {title}, with 95 % intervals", _accuracy_table(summary)]
     differences = summary["paired"]["differences"]
     if differences:
@@ -187,7 +216,7 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
-def _accuracy_table(summary: Mapping[str, Any]) -> str:
+def _accuracy_table(summary: Record) -> str:
     tasks = list(next(iter(summary["methods"].values()))["tasks"])
     shown = tasks if len(tasks) > 1 else []  # of one task, overall says it all
     rows = [
@@ -197,7 +226,7 @@ def _accuracy_table(summary: Mapping[str, Any]) -> str:
     return table(["method", "overall", *shown, "s/image"], rows)
 
 
-def _gain_table(differences: Mapping[str, Any]) -> str:
+def _gain_table(differences: Record) -> str:
     tasks = list(next(iter(differences.values()))["tasks"])
     tasks = tasks if len(tasks) > 1 else []
     rows = [
@@ -216,7 +245,7 @@ def p_values(difference: Mapping[str, float | None]) -> list[str]:
     return [f"{difference['p_value']:.2g}", "" if corrected is None else f"{corrected:.2g}"]
 
 
-def _reward_table(methods: Mapping[str, Any], optimised: set[str]) -> str:
+def _reward_table(methods: Record, optimised: set[str]) -> str:
     names = list(dict.fromkeys(reward for m in methods.values() for reward in m["rewards"]))
     heads = [f"{n} ({'optimised' if n == 'total' or n in optimised else 'watched'})" for n in names]
     rows = []
@@ -245,7 +274,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def write_report(folder: Path, summary: Mapping[str, Any]) -> str:
+def write_report(folder: Path, summary: Record) -> str:
     """Writes summary.json, table.md and table.html, and returns the table."""
     text = markdown(summary)
     write_json(folder / "summary.json", summary)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from diffalign.benchmarks.t2i_compbench.language import Annotations
-from diffalign.cli import build_parser, main
-from diffalign.commands import config, judging
+from diffalign.cli import main, parse
 from diffalign.rules import TASKS
 from tests.benchmarks.test_t2i_compbench import ANNOTATIONS, PROMPTS
 from tests.benchmarks.tiny_clip import tiny_clip
@@ -74,7 +73,7 @@ def test_geneval_from_command_to_table(capsys, tiny_folder, tmp_path, models):
 
     code, out, _ = bench(capsys, "geneval", tiny_folder, tmp_path / "run", *geneval(models), *search)  # everything is there
     assert code == 0
-    assert main(["bench", "compare", str(folder), str(tmp_path / "run" / "best-of-n")]) == 0
+    assert main(["compare", str(folder), str(tmp_path / "run" / "best-of-n")]) == 0
     assert "12 images of 6 prompts" in capsys.readouterr().out
     assert limited in (folder / "LIMITED.txt").read_text()
     assert limited in (folder / "failures.html").read_text()
@@ -123,13 +122,9 @@ def test_stages_and_missing_images(capsys, tiny_folder, tmp_path, models):
     [
         ("geneval", [], "--detector is needed to judge, and none was given"),
         ("geneval", ["--detector", "nowhere.pth"], "nowhere.pth does not exist"),
-        ("geneval", ["--split", "test"], "geneval has no --split"),
-        ("shapes", ["--prompts", "clone"], "--prompts belongs to geneval and t2i-compbench"),
         ("t2i-compbench", [], "--prompts is needed"),
         ("t2i-compbench", ["--prompts", "nowhere"], "the prompts are neither at nowhere/color_val.txt"),
-        ("shapes", ["--images", "."], "--images belongs to benchmarks of other programs"),
         ("geneval", ["--detector", "hf", "--images", "nowhere"], "nowhere is not a folder"),
-        ("shapes", ["--detector", "hf"], "--detector belongs to geneval and t2i-compbench"),
     ],
 )
 def test_wrong_options_fail_before_anything_is_made(capsys, tiny_folder, tmp_path, name, more, message):
@@ -138,6 +133,26 @@ def test_wrong_options_fail_before_anything_is_made(capsys, tiny_folder, tmp_pat
     assert message in err
     assert len(err.splitlines()) == 1
     assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("geneval", ["--split", "test"], "--split belongs to shapes and t2i-compbench, not to geneval"),
+        ("shapes", ["--prompts", "clone"], "--prompts belongs to geneval and t2i-compbench"),
+        ("shapes", ["--detector", "hf"], "--detector belongs to geneval and t2i-compbench, not to shapes"),
+        ("geneval2", ["--questions", "x.csv"], "--questions belongs to dpg, not to geneval2"),
+        ("geneval", ["--judge=vlm"], "--judge belongs to dpg and geneval2, not to geneval"),
+        ("compare", ["a", "b"], "bench compare is compare now: write diffalign compare a b"),
+    ],
+)
+def test_options_of_other_benchmarks_and_old_spellings_say_where_they_belong(capsys, name, more, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", name, *more])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.fixture
@@ -285,7 +300,7 @@ def test_processes_of_a_launcher_delete_once(capsys, tiny_folder, tmp_path, clon
         tmp_path / "run",
         "--overwrite",
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "diffalign.cli"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "diffalign"]
     command = [*launcher, "bench", "t2i-compbench", *fixed, *more]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -302,7 +317,7 @@ def test_processes_of_a_launcher_share_the_work_and_the_first_reports(capsys, ti
     more = ["--prompts", clone, "--category", "spatial", "--detections", tmp_path / "detections.json", "--samples", "2", "--method", "none"]
     assert bench(capsys, "t2i-compbench", tiny_folder, tmp_path / "one", *more)[0] == 0
     fixed = ["--pipeline", tiny_folder, "--steps", "1", "--guidance-scale", "0", "--device", "cpu", "--out", tmp_path / "two"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "diffalign.cli"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "diffalign"]
     command = [*launcher, "bench", "t2i-compbench", *fixed, *more]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -321,6 +336,6 @@ def test_processes_of_a_launcher_share_the_work_and_the_first_reports(capsys, ti
 def test_the_shipped_configs_are_the_official_protocols(name, samples):
     file = name.replace("-", "_")
     more = ["--detector", "hf"] if name == "geneval" else ["--prompts", "clone"]
-    args = build_parser().parse_args(config.expand(["bench", name, "--config", str(ROOT / f"configs/bench/real/{file}.yaml"), *more]))
-    judging.resolve(args)
-    assert (args.samples, args.limit, args.pipeline, args.method) == (samples, None, "sd-turbo", ["none"])
+    _, options = parse(["bench", name, "--config", str(ROOT / f"configs/bench/real/{file}.yaml"), *more])
+    options.check()
+    assert (options.run.samples, options.run.limit, options.model.pipeline, options.method) == (samples, None, "sd-turbo", ("none",))

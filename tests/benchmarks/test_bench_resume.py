@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from diffalign.benchmarks import base, scoring
 from diffalign.cli import main
+from diffalign.evaluation import generation, store
 from tests.benchmarks.test_t2i_compbench import ANNOTATIONS, PROMPTS
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_mask2former import mmdet_layout, tiny_mask2former
@@ -48,7 +49,7 @@ def commands(tmp_path_factory, tiny_folder):
 def small_input(monkeypatch):
     monkeypatch.setattr("diffalign.benchmarks.models.mask2former.SHORT_SIDE", 64)
     monkeypatch.setattr("diffalign.benchmarks.models.mask2former.LONG_SIDE", 107)
-    monkeypatch.setattr("diffalign.commands.judging.JUDGE_BATCH", 2)
+    monkeypatch.setattr("diffalign.cli.commands.JUDGE_BATCH", 2)
 
 
 def contents(run):
@@ -79,27 +80,46 @@ def stop_at(monkeypatch, module, name, call, how):
     monkeypatch.setattr(module, name, stopping)
 
 
+def stop_appending(monkeypatch, call, how):
+    """The call-th batch of scores does not reach the disk."""
+    original, calls = store.appending, []
+
+    @contextmanager
+    def stopping(path):
+        with original(path) as append:
+
+            def add(lines):
+                calls.append(lines)
+                if len(calls) == call:
+                    raise how
+                append(lines)
+
+            yield add
+
+    monkeypatch.setattr(store, "appending", stopping)
+
+
 @pytest.mark.parametrize("benchmark", ["geneval", "t2i-compbench"])
 def test_a_run_that_was_stopped_anywhere_equals_one_that_was_not(commands, tmp_path, monkeypatch, capsys, benchmark):
     command = commands[benchmark]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     stopped = [*command, "--out", str(tmp_path / "stopped")]
     with monkeypatch.context() as patch:  # an image without its trace
-        stop_at(patch, base, "write_json", 5, Stopped())
+        stop_at(patch, generation, "write_json", 5, Stopped())
         with pytest.raises(Stopped):
             main(stopped)
     with monkeypatch.context() as patch:  # Ctrl-C between two images
-        stop_at(patch, base, "save", 2, KeyboardInterrupt())
+        stop_at(patch, generation, "save", 2, KeyboardInterrupt())
         assert main(stopped) == 130
     assert "the same command continues" in capsys.readouterr().err
     with monkeypatch.context() as patch:  # judged, and the line not written
-        stop_at(patch, scoring, "append_lines", 2, Stopped())
+        stop_appending(patch, 2, Stopped())
         with pytest.raises(Stopped):
             main(stopped)
     (cut,) = sorted((tmp_path / "stopped" / "none" / "scores").iterdir())
     cut.write_bytes(cut.read_bytes() + b'{"item": "00')  # half a line
     with monkeypatch.context() as patch:
-        stop_at(patch, scoring, "append_lines", 1, KeyboardInterrupt())
+        stop_appending(patch, 1, KeyboardInterrupt())
         assert main(stopped) == 130
     assert "judgements are kept; the same command continues" in capsys.readouterr().err
     assert main(stopped) == 0
@@ -111,7 +131,7 @@ def test_a_run_that_was_stopped_anywhere_equals_one_that_was_not(commands, tmp_p
 @pytest.mark.parametrize("benchmark", ["geneval", "t2i-compbench"])
 def test_two_shards_equal_one_run_and_may_be_of_several_machines(commands, tmp_path, monkeypatch, benchmark):
     """The second shard comes first: each judges the images that it made, since it may not have the others'."""
-    monkeypatch.setattr("diffalign.commands.judging.JUDGE_BATCH", 1)  # other batches are other last digits
+    monkeypatch.setattr("diffalign.cli.commands.JUDGE_BATCH", 1)  # other batches are other last digits
     command = commands[benchmark]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     for index in (1, 0):
@@ -150,7 +170,7 @@ def test_a_killed_process_leaves_nothing_half_written(commands, tmp_path):
     assert main([*command, "--out", str(tmp_path / "whole"), "--stage", "generate"]) == 0
     arguments = [*command, "--out", str(tmp_path / "killed"), "--stage", "generate"]
     arguments[arguments.index("--batch-size") + 1] = "1"
-    process = subprocess.Popen([sys.executable, "-m", "diffalign.cli", *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "-m", "diffalign", *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + 240
         while process.poll() is None and not list((tmp_path / "killed").rglob("traces/*.json")) and time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffalign.cli import main
-from diffalign.commands.compare import compare, compare_all, markdown
+from diffalign.reports.compare import compare, compare_all, markdown
 from diffalign.reports.curves import COLORS
 
 A = [1, 0, 0, 0] + [0, 0, 0, 0]
@@ -46,7 +46,7 @@ def test_means_differences_and_discordance_by_hand(pair):
 
 
 def test_table_and_files(pair, tmp_path, capsys):
-    assert main(["bench", "compare", *map(str, pair), "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", *map(str, pair), "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert "+0.375 [" in text
     assert "right in B only 3, in A only 0" in text
@@ -155,7 +155,7 @@ def test_several_runs_are_compared_with_the_first_and_at_equal_cost(ladder):
 
 
 def test_curves_are_drawn_and_linked(ladder, tmp_path, capsys):
-    assert main(["bench", "compare", *map(str, ladder), "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", *map(str, ladder), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "| D: reno - C: best-of-n | equal evaluations | +0.500" in text
     assert "| D: reno      | 1.000 [0.68, 1.00] | 9       | 41 " in text
@@ -169,7 +169,7 @@ def test_curves_are_drawn_and_linked(ladder, tmp_path, capsys):
 
 
 def test_without_costs_there_is_no_curve(pair, tmp_path):
-    assert main(["bench", "compare", *map(str, pair), "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", *map(str, pair), "--out", str(tmp_path / "out")]) == 0
     assert not (tmp_path / "out" / "curve.png").exists()
     assert "![" not in (tmp_path / "out" / "compare.md").read_text()
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.benchmarks.base import Generated, generate_missing
-from diffalign.benchmarks.geneval.benchmark import GenEvalBenchmark, GenEvalScorer
+from diffalign.benchmarks.geneval.benchmark import GenEvalBenchmark
 from diffalign.benchmarks.geneval.colors import ClipColors
 from diffalign.benchmarks.geneval.prompts import OBJECTS, metadata
 from diffalign.benchmarks.geneval.results import KEYS, score, summary
+from diffalign.benchmarks.geneval.scorer import GenEvalScorer
 from diffalign.benchmarks.geneval.weights import load_colors, load_detector, load_scorer
 from diffalign.benchmarks.models.mask2former import Mask2FormerDetector
-from diffalign.benchmarks.scoring import Shard, score_missing
+from diffalign.evaluation.generation import Generated, generate_missing
+from diffalign.evaluation.judging import judged_rows, rows_in_common
+from diffalign.evaluation.store import Shard, judged, score_missing
 from diffalign.rules import TASKS, Detection
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_mask2former import mmdet_layout, tiny_mask2former
@@ -88,7 +90,7 @@ def test_images_that_obey_are_correct_and_rows_are_official(tmp_path):
     benchmark = GenEvalBenchmark(told_scorer(), samples=1)
     items = benchmark.items()
     generate_missing(items, tmp_path, paint, batch_size=100)
-    rows = benchmark.score(tmp_path)
+    rows = judged_rows(benchmark, tmp_path)
     assert [row["reason"] for row in rows] == [""] * 553
     assert score(rows).overall == 1.0
     assert tuple(rows[0]) == KEYS
@@ -100,7 +102,7 @@ def test_images_that_obey_are_correct_and_rows_are_official(tmp_path):
 def test_images_that_do_not_are_wrong_with_a_reason(tmp_path):
     benchmark = GenEvalBenchmark(told_scorer(obeying=False), samples=1, limit=6)
     generate_missing(benchmark.items(), tmp_path, paint, batch_size=6)
-    rows = benchmark.score(tmp_path)
+    rows = judged_rows(benchmark, tmp_path)
     assert not any(row["correct"] for row in rows)
     assert all(row["reason"].startswith("expected ") for row in rows)
 
@@ -117,15 +119,16 @@ def test_missing_images_fail_unless_allowed(tmp_path):
     generate_missing(items, tmp_path, paint, batch_size=6)
     items[1].image_path(tmp_path).unlink()
     with pytest.raises(FileNotFoundError, match=f"1 of 12 images .*{items[1].name}: missing"):
-        benchmark.score(tmp_path)
-    allowed = GenEvalBenchmark(told_scorer(), samples=2, limit=6, allow_missing=True)
-    assert len(allowed.score(tmp_path)) == 11
-    assert [fault.item for fault in allowed.judged(tmp_path)[1]] == [items[1].name]
+        judged_rows(benchmark, tmp_path)
+    rows, left_out = rows_in_common(benchmark, {"run": tmp_path}, allow_missing=True)
+    assert len(rows["run"]) == 11
+    assert list(left_out) == [items[1].name]
+    assert [fault.item for fault in judged(benchmark, tmp_path)[1]] == [items[1].name]
 
 
 def test_without_a_scorer_it_can_only_generate(tmp_path):
     with pytest.raises(ValueError, match="needs a detector"):
-        GenEvalBenchmark(limit=6).score(tmp_path)
+        judged_rows(GenEvalBenchmark(limit=6), tmp_path)
 
 
 def test_protocol_says_what_a_figure_must_be_quoted_with():
@@ -162,11 +165,11 @@ def test_two_shards_and_a_resumed_run_equal_one_run(tiny_scorer, tmp_path):
     benchmark = GenEvalBenchmark(tiny_scorer, samples=1, limit=6, batch_size=2)
     for name in ("whole", "shards"):
         generate_missing(benchmark.items(), tmp_path / name, noise, batch_size=6)
-    whole = benchmark.score(tmp_path / "whole")
+    whole = judged_rows(benchmark, tmp_path / "whole")
     (task,) = benchmark.tasks()
     for index in range(2):
         score_missing(task, tmp_path / "shards", batch_size=3, shard=Shard(index, 2))
-    rows, faults = benchmark.judged(tmp_path / "shards")
+    rows, faults = judged(benchmark, tmp_path / "shards")
     assert faults == []
     assert [row["correct"] for row in rows] == [row["correct"] for row in whole]
     assert [row["reason"] for row in rows] == [row["reason"] for row in whole]

@@ -8,16 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.benchmarks.base import Generated, generate_missing
 from diffalign.benchmarks.dpg.judge import DpgScorer, categories, cut_grids, require_questions, write_grids, write_official
 from diffalign.benchmarks.dpg.questions import parse_questions
 from diffalign.benchmarks.geneval2.judge import GenEval2Scorer, GivenScores, accepted, skills, soft_tifa
 from diffalign.benchmarks.geneval2.judge import write_official as write_geneval2
+from diffalign.benchmarks.lists import read_prompt_set
 from diffalign.benchmarks.models.vqa import GivenAnswers, Panel
 from diffalign.benchmarks.prompt_list import PromptBenchmark
-from diffalign.benchmarks.prompt_sets.lists import read_prompt_set
 from diffalign.benchmarks.prompt_sets.preference import RewardScorer, hpsv2_table
-from diffalign.benchmarks.scoring import Shard, score_missing
+from diffalign.evaluation.generation import Generated, generate_missing
+from diffalign.evaluation.judging import judged_rows
+from diffalign.evaluation.store import Shard, judged, score_missing
 from diffalign.hub import judge_name, load_judge, load_reward
 from tests.benchmarks.prompt_files import DPG_HEAD, DPG_ROWS, write_prompt_files
 from tests.reward_models.tiny_vlms import write_judge
@@ -48,7 +49,7 @@ def rewards(*names):
 def test_every_image_has_a_number_for_each_reward(folders, tmp_path):
     bench = benchmark(folders, "parti", *rewards("brightness", "jpeg-compressibility"), samples=2)
     generate_missing(bench.items(), tmp_path, grey, batch_size=4)
-    rows = bench.score(tmp_path)
+    rows = judged_rows(bench, tmp_path)
     assert [row["filename"] for row in rows][:3] == ["00000/samples/00000.png", "00000/samples/00001.png", "00001/samples/00000.png"]
     assert [row["values"]["brightness"] for row in rows] == pytest.approx(
         [(10 * i + k) / 255 for i in range(3) for k in range(2)], abs=1e-5
@@ -63,20 +64,20 @@ def test_two_shards_and_a_resumed_run_equal_one_run(folders, tmp_path):
     bench = benchmark(folders, "drawbench", *rewards("brightness"), samples=3, batch_size=2)
     for name in ("whole", "shards"):
         generate_missing(bench.items(), tmp_path / name, grey, batch_size=6)
-    whole = bench.score(tmp_path / "whole")
+    whole = judged_rows(bench, tmp_path / "whole")
     (task,) = bench.tasks()
     score_missing(task, tmp_path / "shards", batch_size=1, shard=Shard(1, 2))
-    rows, faults = bench.judged(tmp_path / "shards")
+    rows, faults = judged(bench, tmp_path / "shards")
     assert (len(rows), {fault.problem for fault in faults}) == (3, {"not scored yet"})
     score_missing(task, tmp_path / "shards", batch_size=4, shard=Shard(0, 2))
-    assert bench.judged(tmp_path / "shards") == (whole, [])
+    assert judged(bench, tmp_path / "shards") == (whole, [])
 
 
 def test_images_of_several_sizes_are_scored_together(folders, tmp_path):
     bench = benchmark(folders, "parti", *rewards("brightness"))
     sizes = iter([(8, 8), (16, 8), (8, 8)])
     generate_missing(bench.items(), tmp_path, lambda items: [Generated(Image.new("RGB", next(sizes), (51,) * 3), {}) for _ in items], 1)
-    assert [row["values"]["brightness"] for row in bench.score(tmp_path)] == pytest.approx([0.2] * 3)
+    assert [row["values"]["brightness"] for row in judged_rows(bench, tmp_path)] == pytest.approx([0.2] * 3)
 
 
 def test_hpsv2_makes_jpegs_where_its_evaluator_looks(folders, tmp_path):
@@ -85,7 +86,9 @@ def test_hpsv2_makes_jpegs_where_its_evaluator_looks(folders, tmp_path):
     assert Image.open(tmp_path / "concept-art" / "00001.jpg").format == "JPEG"
     assert (tmp_path / "traces" / "concept-art" / "00001.json").is_file()
     assert generate_missing(bench.items(), tmp_path, grey, batch_size=8) == 0
-    assert [row["values"]["brightness"] for row in bench.score(tmp_path)] == pytest.approx([10 * i / 255 for i in range(8)], abs=2 / 255)
+    assert [row["values"]["brightness"] for row in judged_rows(bench, tmp_path)] == pytest.approx(
+        [10 * i / 255 for i in range(8)], abs=2 / 255
+    )
     with pytest.raises(ValueError, match="one image per prompt"):
         benchmark(folders, "hpsv2", samples=2)
 
@@ -111,12 +114,12 @@ def test_a_score_that_is_not_finite_is_an_error(folders, tmp_path):
     bench = benchmark(folders, "drawbench", RewardScorer(Broken(), "broken", "broken"))
     generate_missing(bench.items(), tmp_path, grey, batch_size=8)
     with pytest.raises(FloatingPointError, match=r"'broken' gives no finite score for 00000/samples/00000\.png"):
-        bench.score(tmp_path)
+        judged_rows(bench, tmp_path)
 
 
 def test_without_scorers_it_can_only_generate(folders, tmp_path):
     with pytest.raises(ValueError, match="needs at least one scorer"):
-        benchmark(folders, "parti").score(tmp_path)
+        judged_rows(benchmark(folders, "parti"), tmp_path)
 
 
 # --- DPG-Bench ----------------------------------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ def dpg(folders, tmp_path, *answers):
     bench = benchmark(folders, "dpg", samples=2)
     bench = benchmark(folders, "dpg", DpgScorer(given(bench, *answers), QUESTIONS), samples=2)
     generate_missing(bench.items(), tmp_path, grey, batch_size=8)
-    return bench, bench.score(tmp_path)
+    return bench, judged_rows(bench, tmp_path)
 
 
 def test_dpg_by_hand(folders, tmp_path):
@@ -165,7 +168,7 @@ def test_an_image_without_answers_is_named(folders, tmp_path):
     bench = benchmark(folders, "dpg", DpgScorer(GivenAnswers({}, "given"), QUESTIONS), samples=1)
     generate_missing(bench.items(), tmp_path, grey, batch_size=8)
     with pytest.raises(ValueError, match=r"no entry for 9/samples/00000\.png"):
-        bench.score(tmp_path)
+        judged_rows(bench, tmp_path)
 
 
 def test_prompts_without_questions_are_named(folders):
@@ -210,7 +213,7 @@ def test_the_official_evaluators_scores_can_be_given(folders, tmp_path):
     (tmp_path / "scores.json").write_text("[[0.9, 0.4], [0.5]]")
     bench = benchmark(folders, "geneval2", GivenScores.read(tmp_path / "scores.json"))
     generate_missing(bench.items(), tmp_path / "run", grey, batch_size=8)
-    rows = bench.score(tmp_path / "run")
+    rows = judged_rows(bench, tmp_path / "run")
     assert [row["values"]["soft-tifa-gm"] for row in rows] == pytest.approx([0.6, 0.5])
     assert skills(rows) == {"attribute": 40.0, "count": 90.0, "object": 50.0}
     write_geneval2(tmp_path / "run", rows, bench.items())
@@ -224,7 +227,7 @@ def test_the_official_file_has_one_list_a_prompt_whatever_the_number_of_images(f
     """Of two images, each question's mean."""
     bench = benchmark(folders, "geneval2", GivenScores([[0.9, 0.4], [0.5]], "given"), samples=2)
     generate_missing(bench.items(), tmp_path, grey, batch_size=8)
-    rows = bench.score(tmp_path)
+    rows = judged_rows(bench, tmp_path)
     rows[1] = {**rows[1], "detail": {"probabilities": [["count", 0.1], ["attribute", 0.6]]}}
     write_geneval2(tmp_path, rows, bench.items())
     assert json.loads((tmp_path / "scores.json").read_text()) == [pytest.approx([0.5, 0.5]), [0.5]]
@@ -255,10 +258,10 @@ def test_a_tiny_judge_answers_the_questions_of_both(folders, tmp_path, judge):
     panel = Panel(model, version, batch_size=3)
     bench = benchmark(folders, "dpg", DpgScorer(panel, QUESTIONS), samples=1)
     generate_missing(bench.items(), tmp_path / "dpg", grey, batch_size=8)
-    assert {answer for row in bench.score(tmp_path / "dpg") for _, answer in row["detail"]["answers"]} <= {"yes", "no"}
+    assert {answer for row in judged_rows(bench, tmp_path / "dpg") for _, answer in row["detail"]["answers"]} <= {"yes", "no"}
     bench = benchmark(folders, "geneval2", GenEval2Scorer(panel))
     generate_missing(bench.items(), tmp_path / "geneval2", grey, batch_size=8)
-    rows = bench.score(tmp_path / "geneval2")
+    rows = judged_rows(bench, tmp_path / "geneval2")
     assert [len(row["detail"]["probabilities"]) for row in rows] == [2, 1]
     assert all(0 < p < 1 for row in rows for _, p in row["detail"]["probabilities"])
     assert "vlm-judge" in rows[0]["scorers"]["geneval2"]

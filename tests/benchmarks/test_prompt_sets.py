@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from diffalign.benchmarks.prompt_sets.lists import READERS, read_prompt_set
+from diffalign.benchmarks.lists import READERS, read_prompt_set
 from tests.benchmarks import recorded
 from tests.benchmarks.prompt_files import DPG_PROMPTS, DRAWBENCH, GENEVAL2, write_prompt_files
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.benchmarks.base import Item
-from diffalign.benchmarks.scoring import Images, Shard, Task, append_lines, collect, read_lines, require_all, score_missing
+from diffalign.benchmarks.base import Item, Task
+from diffalign.evaluation.store import Images, Shard, collect, require_all, score_missing
 
 
 @dataclass
@@ -161,14 +161,3 @@ def test_shards_cover_everything_once():
     parts = [Shard.parse(f"{i}/3").of(range(10)) for i in range(3)]
     assert parts[1] == [1, 4, 7]
     assert sorted(number for part in parts for number in part) == list(range(10))
-
-
-def test_lines_are_whole(tmp_path):
-    path = tmp_path / "x" / "lines.jsonl"
-    append_lines(path, [{"a": 1}])
-    path.write_bytes(path.read_bytes() + b"{")
-    assert list(read_lines(path)) == [{"a": 1}]
-    append_lines(path, [{"a": 2}])
-    assert list(read_lines(path)) == [{"a": 1}, {"a": 2}]
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        append_lines(path, [{"a": float("nan")}])

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.benchmarks.base import Generated, check_run, generate_missing, item_seed, open_run, record_session
-from diffalign.benchmarks.shapes import ShapesBenchmark
+from diffalign.benchmarks.base import item_seed
+from diffalign.benchmarks.shapes.benchmark import ShapesBenchmark
+from diffalign.evaluation.folders import check_run, open_run, record_session
+from diffalign.evaluation.generation import Generated, generate_missing
+from diffalign.evaluation.judging import judged_rows
 from diffalign.rules import TASKS
 from diffalign.shapes import hard
 from diffalign.shapes.scenes import SHAPES, SIZE, Scene, Thing, render
@@ -55,7 +58,7 @@ def correct(rows):
 
 def judged(items, folder, how, benchmark):
     generate_missing(items, folder, draw(how), batch_size=32)
-    return benchmark.score(folder)
+    return judged_rows(benchmark, folder)
 
 
 def test_the_hard_tier_is_judged_and_a_negation_is_more_than_a_thing(tmp_path):
@@ -133,7 +136,7 @@ def test_right_pictures_score_one_and_wrong_ones_zero(benchmark, tmp_path):
     items = benchmark.items()
     generate_missing(items, tmp_path / "right", draw(obey), batch_size=7)
     generate_missing(items, tmp_path / "wrong", draw(disobey), batch_size=7)
-    right, wrong = benchmark.score(tmp_path / "right"), benchmark.score(tmp_path / "wrong")
+    right, wrong = judged_rows(benchmark, tmp_path / "right"), judged_rows(benchmark, tmp_path / "wrong")
     assert [row["reason"] for row in right] == [""] * len(items)
     assert all(row["correct"] for row in right)
     assert not any(row["correct"] for row in wrong)
@@ -142,7 +145,7 @@ def test_right_pictures_score_one_and_wrong_ones_zero(benchmark, tmp_path):
 
 def test_rows_have_genevals_keys_and_nested_json(benchmark, tmp_path):
     generate_missing(benchmark.items(), tmp_path, draw(obey), batch_size=24)
-    row = benchmark.score(tmp_path)[0]
+    row = judged_rows(benchmark, tmp_path)[0]
     assert list(row) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
     assert row["filename"] == benchmark.items()[0].name
     assert json.loads(row["metadata"])["prompt"] == row["prompt"]
@@ -251,7 +254,7 @@ def test_only_missing_items_are_made_again(benchmark, tmp_path):
     assert sum(item.is_done(tmp_path) for item in items) == 12
     assert generate_missing(items, tmp_path, draw(obey), batch_size=6) == 12
     assert generate_missing(items, tmp_path, draw(disobey), batch_size=6) == 0
-    assert all(row["correct"] for row in benchmark.score(tmp_path))
+    assert all(row["correct"] for row in judged_rows(benchmark, tmp_path))
 
 
 def test_an_image_without_its_trace_is_not_finished(benchmark, tmp_path):
@@ -265,7 +268,7 @@ def test_a_missing_image_is_an_error_not_a_smaller_mean(benchmark, tmp_path):
     generate_missing(benchmark.items(), tmp_path, draw(obey), batch_size=24)
     benchmark.items()[5].image_path(tmp_path).unlink()
     with pytest.raises(FileNotFoundError, match="lacks 1 of 24 images"):
-        benchmark.score(tmp_path)
+        judged_rows(benchmark, tmp_path)
 
 
 def test_a_truncated_image_is_named(benchmark, tmp_path):
@@ -273,7 +276,7 @@ def test_a_truncated_image_is_named(benchmark, tmp_path):
     path = benchmark.items()[5].image_path(tmp_path)
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match=f"{path} is not a whole image"):
-        benchmark.score(tmp_path)
+        judged_rows(benchmark, tmp_path)
 
 
 def test_images_of_another_program_can_be_judged(benchmark, tmp_path):
@@ -281,7 +284,7 @@ def test_images_of_another_program_can_be_judged(benchmark, tmp_path):
         path = item.image_path(tmp_path)
         path.parent.mkdir(parents=True)
         obey(item).save(path)
-    assert np.mean([row["correct"] for row in benchmark.score(tmp_path)]) == 1
+    assert np.mean([row["correct"] for row in judged_rows(benchmark, tmp_path)]) == 1
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path):

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.benchmarks.base import Generated, generate_missing
 from diffalign.benchmarks.models.open_vocabulary import Owlv2
-from diffalign.benchmarks.scoring import Shard, score_missing
 from diffalign.benchmarks.t2i_compbench.benchmark import T2ICompBench, write_upstream_results
 from diffalign.benchmarks.t2i_compbench.detections import Labelled, read_detections
 from diffalign.benchmarks.t2i_compbench.language import Annotations, Grammar
@@ -26,6 +24,9 @@ from diffalign.benchmarks.t2i_compbench.scorers import (
 )
 from diffalign.benchmarks.t2i_compbench.spatial import Token
 from diffalign.benchmarks.t2i_compbench.three_in_one import Kinds
+from diffalign.evaluation.generation import Generated, generate_missing
+from diffalign.evaluation.judging import judged_rows
+from diffalign.evaluation.store import Shard, judged, score_missing
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_t2i import tiny_blip, tiny_dpt, tiny_owlv2
 
@@ -146,7 +147,7 @@ def test_given_detections_meet_the_rules(clone, tmp_path):
     scorers = {"spatial": [Spatial2DScorer(finder)], "numeracy": [NumeracyScorer(finder, WORDS)]}
     benchmark = T2ICompBench(clone, categories=["spatial", "numeracy"], samples=1, scorers=scorers)
     generate_missing(benchmark.items(), tmp_path / "run", noise, batch_size=4)
-    rows = benchmark.score(tmp_path / "run")
+    rows = judged_rows(benchmark, tmp_path / "run")
     assert [row["value"] for row in rows] == pytest.approx([0.25 * 0.8 + 0.25 * 0.6 + 0.5, 0.0, 0.75])
     assert rows[0]["detail"]["pair"] == ["dog", "cup"]
     assert rows[2]["detail"]["wanted"] == [["dog", 2], ["cup", 1]]
@@ -158,7 +159,7 @@ def test_an_image_without_given_detections_is_named(clone, tmp_path):
     benchmark = T2ICompBench(clone, categories=["spatial"], samples=1, scorers={"spatial": [Spatial2DScorer(finder)]})
     generate_missing(benchmark.items(), tmp_path / "run", noise, batch_size=4)
     with pytest.raises(ValueError, match=r"no entry for spatial/samples/a dog on the left of a cup_000000\.png"):
-        benchmark.score(tmp_path / "run")
+        judged_rows(benchmark, tmp_path / "run")
 
 
 def test_a_file_of_detections(tmp_path):
@@ -189,7 +190,7 @@ def test_a_wrong_file_of_detections_is_named(tmp_path, data, message):
 )
 def test_a_category_without_its_scorers_is_named(clone, tmp_path, category, message):
     with pytest.raises(ValueError, match=message):
-        T2ICompBench(clone, categories=[category]).score(tmp_path)
+        judged_rows(T2ICompBench(clone, categories=[category]), tmp_path)
 
 
 def test_results_are_written_where_upstream_writes_them(tmp_path):
@@ -239,11 +240,11 @@ def test_all_categories_end_to_end_in_two_shards_and_in_one(clone, tmp_path, sco
     benchmark = T2ICompBench(clone, samples=2, scorers=scorers, kinds=kinds, batch_size=3)
     for name in ("whole", "shards"):
         generate_missing(benchmark.items(), tmp_path / name, noise, batch_size=100)
-    whole = benchmark.score(tmp_path / "whole")
+    whole = judged_rows(benchmark, tmp_path / "whole")
     for index in range(2):
         for task in benchmark.tasks():
             score_missing(task, tmp_path / "shards", batch_size=5, shard=Shard(index, 2))
-    rows, faults = benchmark.judged(tmp_path / "shards")
+    rows, faults = judged(benchmark, tmp_path / "shards")
     assert faults == []
     assert [row["filename"] for row in rows] == [row["filename"] for row in whole] == [item.name for item in benchmark.items()]
     assert [row["value"] for row in rows] == pytest.approx([row["value"] for row in whole], abs=2e-4)
@@ -261,8 +262,8 @@ def test_missing_images_fail_unless_allowed(clone, tmp_path, scorers):
     generate_missing(items, tmp_path / "run", noise, batch_size=4)
     items[1].image_path(tmp_path / "run").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"1 of 2 images .* not a whole image"):
-        benchmark.score(tmp_path / "run")
-    assert len(T2ICompBench(clone, **arguments, allow_missing=True).score(tmp_path / "run")) == 1
+        judged_rows(benchmark, tmp_path / "run")
+    assert len(judged_rows(T2ICompBench(clone, **arguments, allow_missing=True), tmp_path / "run")) == 1
 
 
 def test_the_protocol_names_the_lists_and_is_the_papers_only_where_all_is(clone, scorers):

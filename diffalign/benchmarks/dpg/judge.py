@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from diffalign.benchmarks.base import Item, read_image
+from diffalign.benchmarks.base import Item, Pixels, Record
 from diffalign.benchmarks.dpg.questions import Questions, category_scores, from_grid, image_score, to_grid
 from diffalign.benchmarks.models.vqa import GivenAnswers, Panel
-from diffalign.benchmarks.scoring import Pixels
 from diffalign.files import whole_file, write_text
+from diffalign.images import read_pixels
 
 SUFFIX = " Please answer yes or no."  # for a model that talks
 
@@ -34,7 +33,7 @@ class DpgScorer:
     def version(self) -> str:
         return f"DPG-Bench's questions to {self.answers.version} (the published judge is mPLUG-large: another scale)"
 
-    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]:
         asked = [self.questions[item.metadata["item_id"]] for item in items]
         suffix = SUFFIX if isinstance(self.answers, Panel) else ""
         found = self.answers.ask(images, items, [[text + suffix for text in each.text.values()] for each in asked])
@@ -55,7 +54,7 @@ def require_questions(questions: Mapping[str, Questions], items: Sequence[Item])
         )
 
 
-def categories(rows: Sequence[Mapping[str, Any]], questions: Mapping[str, Questions]) -> dict[str, float]:
+def categories(rows: Sequence[Record], questions: Mapping[str, Questions]) -> dict[str, float]:
     """Category -> 100 x the share of yes over all images; broad ones first. Upstream takes the last image of each prompt alone."""
     answers: dict[str, list[dict[int, str]]] = {}
     for row in rows:
@@ -74,7 +73,7 @@ def write_grids(items: Sequence[Item], folder: Path) -> int:
         target.parent.mkdir(exist_ok=True)
         if target.is_file() and target.stat().st_mtime >= max(path.stat().st_mtime for path in paths):
             continue
-        grid = to_grid([Image.fromarray(read_image(path)) for path in paths])
+        grid = to_grid([Image.fromarray(read_pixels(path)) for path in paths])
         with whole_file(target) as temporary:
             grid.save(temporary, format="PNG")
         written += 1
@@ -91,7 +90,7 @@ def cut_grids(items: Sequence[Item], grids: Path, folder: Path) -> None:
         if not source.is_file() or all(path.is_file() for path in paths):
             continue
         try:
-            tiles = from_grid(Image.fromarray(read_image(source)), len(paths))
+            tiles = from_grid(Image.fromarray(read_pixels(source)), len(paths))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         paths[0].parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +99,7 @@ def cut_grids(items: Sequence[Item], grids: Path, folder: Path) -> None:
                 tile.save(temporary, format="PNG")
 
 
-def write_official(folder: Path, rows: Sequence[Mapping[str, Any]], found: Mapping[str, float]) -> None:
+def write_official(folder: Path, rows: Sequence[Record], found: Mapping[str, float]) -> None:
     """dpg_scores.txt: the score and its categories as percentages, the way papers quote them."""
     per_item: dict[str, list[float]] = {}
     for row in rows:

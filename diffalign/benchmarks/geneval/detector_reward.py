@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.benchmarks.geneval.benchmark import Colors, Detector, remembering
 from diffalign.benchmarks.geneval.partial_credit import UPSTREAM, partial_credit
 from diffalign.benchmarks.geneval.prompts import parse
+from diffalign.benchmarks.geneval.scorer import Colors, Detector, remembering
 from diffalign.rules import judge
 
 NAMES = ("detector", "detector-partial")

@@ -10,18 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import CLIPModel, CLIPTokenizer, Mask2FormerForUniversalSegmentation
 
-from diffalign.benchmarks.geneval.benchmark import GenEvalScorer
 from diffalign.benchmarks.geneval.colors import ClipColors
+from diffalign.benchmarks.geneval.options import OFFICIAL_URL
 from diffalign.benchmarks.geneval.prompts import OBJECTS
+from diffalign.benchmarks.geneval.scorer import GenEvalScorer
 from diffalign.benchmarks.models.mask2former import Mask2FormerDetector
+from diffalign.benchmarks.models.mask2former_checkpoint import load_mmdet
 from diffalign.benchmarks.models.pretrained import load_model, load_part
 
 OFFICIAL = "743b7d99"
-OFFICIAL_URL = (
-    "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
-    "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
-)
 HUB_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 HUB_CLIP = "openai/clip-vit-large-patch14"
 
@@ -34,10 +33,6 @@ def load_scorer(detector: str, clip: str = HUB_CLIP, device: str = "cpu") -> Gen
 
 def load_detector(source: str, device: str = "cpu") -> Mask2FormerDetector:
     """Raises FileNotFoundError saying where to get the checkpoint, ValueError where the weights do not fit."""
-    from transformers import Mask2FormerForUniversalSegmentation
-
-    from diffalign.benchmarks.models.mask2former_checkpoint import load_mmdet
-
     path = Path(source)
     if source != "hf" and path.suffix != ".pth" and not path.is_dir():
         raise FileNotFoundError(f"the detector must be a .pth file, a folder or 'hf'; got {source!r}. The official file: {OFFICIAL_URL}")
@@ -55,6 +50,4 @@ def load_detector(source: str, device: str = "cpu") -> Mask2FormerDetector:
 
 def load_colors(source: str = HUB_CLIP, device: str = "cpu") -> ClipColors:
     """CLIP from the hub or a folder. Raises ValueError where tensors are missing, OSError where it cannot be had."""
-    from transformers import CLIPModel, CLIPTokenizer
-
     return ClipColors(load_model(CLIPModel, source, device), load_part(CLIPTokenizer, source), f"CLIP {source}")

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.benchmarks.base import Item
+from diffalign.benchmarks.base import Item, Pixels, Record
 from diffalign.benchmarks.models.vqa import Panel
-from diffalign.benchmarks.scoring import Pixels
 from diffalign.files import read_json, write_json, write_text
 
 SUFFIX = " Answer in one word."
@@ -40,7 +39,7 @@ class GenEval2Scorer:
     def version(self) -> str:
         return f"Soft-TIFA by {self.panel.version}"
 
-    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]:
         questions = [[question + SUFFIX for question, _ in item.metadata["questions"]] for item in items]
         answers = [[accepted(answer) for _, answer in item.metadata["questions"]] for item in items]
         found = self.panel.answer(images, questions, answers)
@@ -64,7 +63,7 @@ class GivenScores:
             raise ValueError(f"{path} must hold a list with one list of probabilities per prompt, as GenEval 2's evaluator writes it")
         return cls(rows, f"scores given by the user ({path.name})")
 
-    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]:
         out = []
         for item in items:
             asked = item.metadata["questions"]
@@ -86,7 +85,7 @@ def accepted(answer: str) -> list[str]:
     return [*spellings, *(f" {spelling}" for spelling in spellings)]
 
 
-def soft_tifa(probabilities: Sequence[float], skills: Sequence[str]) -> dict[str, Any]:
+def soft_tifa(probabilities: Sequence[float], skills: Sequence[str]) -> Record:
     """A prompt's two means, and its probabilities by skill."""
     am = sum(probabilities) / len(probabilities)
     gm = math.exp(sum(map(math.log, probabilities)) / len(probabilities)) if min(probabilities) > 0 else 0.0
@@ -96,7 +95,7 @@ def soft_tifa(probabilities: Sequence[float], skills: Sequence[str]) -> dict[str
     }
 
 
-def skills(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def skills(rows: Sequence[Record]) -> dict[str, float]:
     """Skill -> 100 x the mean probability over all its questions, in alphabetical order."""
     found: dict[str, list[float]] = {}
     for row in rows:
@@ -105,7 +104,7 @@ def skills(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {skill: 100 * sum(values) / len(values) for skill, values in sorted(found.items())}
 
 
-def write_official(folder: Path, rows: Sequence[Mapping[str, Any]], items: Sequence[Item]) -> None:
+def write_official(folder: Path, rows: Sequence[Record], items: Sequence[Item]) -> None:
     """scores.json as the official evaluator writes it, image_paths.json as it reads it (prompt -> path), and a summary in percent.
 
     scores.json has one list for each prompt, in their order. Of several images of a prompt it holds each question's mean probability, and

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffalign.benchmarks.base import Pixels
 from diffalign.benchmarks.models.pretrained import load_model, load_part
-from diffalign.benchmarks.scoring import Pixels
 from diffalign.benchmarks.t2i_compbench.detections import Labelled, best_first, overlap, to_frame
 
 HUB_OWLV2 = "google/owlv2-base-patch16-ensemble"

@@ -9,17 +9,17 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.benchmarks.base import Item
-from diffalign.benchmarks.scoring import Pixels
+from diffalign.benchmarks.base import Item, Models, Pixels, Record
 from diffalign.files import read_json
 
+VLM = "vlm"  # the default judge's name on the command line
 ROUNDING = 1e-3  # by which a sum of probabilities may exceed 1
 
 
@@ -80,6 +80,12 @@ class Panel:
         return found
 
 
+def asked(judge: str | None, models: Models) -> Panel:
+    """The panel of --judge: "vlm" is the default model, anything else a folder or hub id."""
+    source = None if judge == VLM else judge
+    return Panel(models.vlm(source), models.vlm_name(source), models.device)
+
+
 @dataclass(frozen=True)
 class GivenAnswers:
     """The user's own answers: image name -> question -> "yes", "no" or a probability, from a JSON file. Stands in for a judge.
@@ -87,7 +93,7 @@ class GivenAnswers:
     An image is named by its path in the run's folder. Raises ValueError for an answer that is missing or neither.
     """
 
-    answers: Mapping[str, Mapping[str, Any]]
+    answers: Mapping[str, Record]
     version: str
 
     @classmethod

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from diffalign.benchmarks.base import Item
-from diffalign.benchmarks.scoring import Pixels
+from diffalign.benchmarks.base import Item, Pixels, Record
 from diffalign.types import RewardModel
 
 GROUPS = 10  # HPSv2 sums each style up in ten groups, and quotes their spread
@@ -26,7 +24,7 @@ class RewardScorer:
     device: str = "cpu"
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]:
         """Raises FloatingPointError where a score is not finite: it would spoil every mean without a word."""
         shapes: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
@@ -42,7 +40,7 @@ class RewardScorer:
         return [{"value": value} for value in values]
 
 
-def hpsv2_table(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, tuple[float, float]]:
+def hpsv2_table(rows: Sequence[Record], measure: str) -> dict[str, tuple[float, float]]:
     """Style -> mean of the ten group means, and their standard deviation, groups as the benchmark cuts them (80 prompts each of 800).
 
     A style with fewer images than groups has a spread of 0. "average" is over all images.

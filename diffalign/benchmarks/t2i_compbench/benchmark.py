@@ -7,12 +7,14 @@ prompts of a category. A run folder holds CATEGORY/samples/PROMPT_000012.png, so
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from diffalign.benchmarks.base import Item, item_seed, limited_to, spread_over_tasks
-from diffalign.benchmarks.scoring import Fault, Scorer, Task, collect_all, score_all
+from diffalign.benchmarks.base import Benchmark, Item, Judgements, Models, Prompt, Record, Scorer, Task, require_counts
+from diffalign.benchmarks.context import Context
+from diffalign.benchmarks.t2i_compbench.judges import NEED_PHRASES, find_annotations, load_scorers
+from diffalign.benchmarks.t2i_compbench.language import Annotations
+from diffalign.benchmarks.t2i_compbench.options import T2IOptions
 from diffalign.benchmarks.t2i_compbench.prompts import CATEGORIES, IMAGES_PER_PROMPT, PromptList, file_name, read_prompts
 from diffalign.benchmarks.t2i_compbench.three_in_one import Kinds, three_in_one
 from diffalign.files import write_json, write_text
@@ -22,11 +24,12 @@ PARTS_OF_COMPLEX = ("blip-vqa", "2d-spatial", "clip-score")
 
 
 @dataclass(frozen=True)
-class T2ICompBench:
+class T2ICompBench(Benchmark):
     """`limit` prompts over all categories (None: all), as many of each as goes, with `samples` images each.
 
     source: a clone of T2I-CompBench or its examples/dataset. scorers: category -> its scorers, one each, and for "complex" the three parts
-    of 3-in-1; `kinds` says which of them a complex prompt takes. Without scorers it can only say what to generate.
+    of 3-in-1; `kinds` says which of them a complex prompt takes. Without scorers it can only say what to generate. options, out: what
+    `with_judges` loads, and where phrases are kept.
     """
 
     source: str | Path
@@ -38,39 +41,61 @@ class T2ICompBench:
     scorers: Mapping[str, Sequence[Scorer]] = field(default_factory=dict)
     kinds: Kinds | None = None
     batch_size: int = 8
-    allow_missing: bool = False
+    options: T2IOptions = T2IOptions()
+    context: Context | None = None
     name: str = "t2i-compbench"
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1; got {self.samples}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1 prompt; got {self.limit}")
+        require_counts(self)
         if not self.categories or len(set(self.categories)) != len(self.categories):
             raise ValueError(f"categories must be at least one, each once; got {list(self.categories)}")
+
+    @classmethod
+    def build(cls, options: T2IOptions, context: Context) -> T2ICompBench:
+        counts = {"samples": context.samples, "limit": context.limit, "seed": context.seed, "batch_size": context.judge_batch}
+        return cls(str(options.prompts), options.category, **counts, split=options.split, options=options, context=context)
 
     def lists(self) -> dict[str, PromptList]:
         return {category: read_prompts(self.source, category, self.split) for category in self.categories}
 
-    def items(self) -> list[Item]:
-        rows = [(category, number, prompt) for category, found in self.lists().items() for number, prompt in enumerate(found.prompts)]
+    def prompts(self) -> list[Prompt]:
+        """The index tells categories apart, so that a prompt's seed does not depend on which categories are run."""
         order = list(CATEGORIES)
-        out = []
-        for row in spread_over_tasks([category for category, _, _ in rows], self.limit):
-            category, number, prompt = rows[row]
-            # The index tells categories apart, so that a prompt's seed does not depend on which categories are run.
-            index = order.index(category) * 100_000 + number
-            for sample in range(self.samples):
-                path = f"{category}/samples/{file_name(prompt, number * self.samples + sample)}"
-                out.append(Item(index, sample, item_seed(self.seed, index, sample), category, prompt, {"prompt": prompt}, path))
-        return out
+        return [
+            Prompt(
+                order.index(category) * 100_000 + number,
+                category,
+                prompt,
+                {"prompt": prompt},
+                lambda sample, at=(category, prompt, number): f"{at[0]}/samples/{file_name(at[1], at[2] * self.samples + sample)}",
+            )
+            for category, found in self.lists().items()
+            for number, prompt in enumerate(found.prompts)
+        ]
 
-    def limited(self) -> str | None:
-        """What a figure of fewer than all prompts must be quoted with."""
-        return limited_to([category for category, found in self.lists().items() for _ in found.prompts], self.limit)
+    def settings(self) -> Record:
+        """The lists, and the number of images, which names the files."""
+        return {"samples": self.samples, "prompt lists": {category: found.version for category, found in self.lists().items()}}
+
+    def ready(self) -> None:
+        if self.context and self.context.judges:
+            self.annotations()
+
+    def annotations(self) -> Annotations | None:
+        """Phrases and tags of the prompts that need them: from --phrases, else from OUT/phrases.json, which spaCy makes the first time.
+
+        None where no category needs them. Raises ValueError where a prompt is not in the file, ImportError without file and spaCy.
+        """
+        out = self.context.out if self.context else Path()
+        prompts = dict.fromkeys(item.prompt for item in self.items() if CATEGORIES[item.task].scorer in NEED_PHRASES)
+        return find_annotations(list(prompts), self.options.phrases, out / "phrases.json")
+
+    def with_judges(self, models: Models) -> T2ICompBench:
+        scorers, kinds = load_scorers(self.options, self.categories, self.source, self.annotations(), models.device)
+        return replace(self, scorers=scorers, kinds=kinds)
 
     def tasks(self) -> list[Task]:
-        """What there is to judge. Raises ValueError for a category without its scorers."""
+        """Raises ValueError for a category without its scorers."""
         items = self.items()
         tasks = []
         for category in self.categories:
@@ -83,34 +108,19 @@ class T2ICompBench:
             tasks += [Task(scorer, [items[position] for position in positions], positions) for scorer in scorers]
         return tasks
 
-    def score(self, folder: Path) -> list[dict[str, Any]]:
-        """Judges what has not been judged; one row per item in their order: filename, index, tag, prompt, value, scorer, detail.
-
-        Raises FileNotFoundError naming images that are missing or cut short, unless they are allowed.
-        """
-        return score_all(self, folder)
-
-    def judged(self, folder: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
-        """Rows of what has been judged by all its scorers, by whichever shard, and what has not."""
-        found, faults = collect_all(self.tasks(), folder)
-        items = self.items()
-        rows = [self._row(item, found[item.name]) for item in items if item.name not in faults]
-        return rows, [faults[item.name] for item in items if item.name in faults]
-
-    def _row(self, item: Item, scores: Mapping[str, tuple[Scorer, Any]]) -> dict[str, Any]:
+    def row(self, item: Item, judged: Judgements) -> Record:
         row = {"filename": item.name, "index": item.index, "tag": item.task, "prompt": item.prompt}
         if item.task != COMPLEX:
-            ((scorer, score),) = scores.values()
+            ((scorer, score),) = judged.values()
             detail = {name: value for name, value in score.items() if name != "value"}
             return {**row, "value": score["value"], "scorer": scorer.version, "detail": detail}
-        values = {name: score["value"] for name, (_, score) in scores.items()}
+        values = {name: score["value"] for name, (_, score) in judged.items()}
         kind = self.kinds.kind(item.prompt)
         value = three_in_one(kind, values["blip-vqa"], values["2d-spatial"], values["clip-score"])
-        version = "3-in-1 of " + "; ".join(scorer.version for scorer, _ in scores.values())
+        version = "3-in-1 of " + "; ".join(scorer.version for scorer, _ in judged.values())
         return {**row, "value": value, "scorer": version, "detail": {"kind": kind, **values}}
 
-    def protocol(self) -> dict[str, Any]:
-        """What a figure of this run must be quoted with, and whether it follows the paper's protocol."""
+    def protocol(self) -> Record:
         lists = self.lists()
         limited = self.limited()
         official = not limited and self.samples == IMAGES_PER_PROMPT and self.split == "val"
@@ -124,8 +134,11 @@ class T2ICompBench:
             "scorers": {category: [scorer.version for scorer in self.scorers.get(category, ())] for category in self.categories},
         }
 
+    def official(self, folder: Path, rows: Sequence[Record]) -> None:
+        write_upstream_results(folder, rows)
 
-def write_upstream_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+
+def write_upstream_results(folder: Path, rows: Sequence[Record]) -> list[Path]:
     """Writes each category's scores where upstream's evaluators write theirs, and its average beside. BLIP-VQA's answers are text there."""
     written = []
     for category in dict.fromkeys(row["tag"] for row in rows):

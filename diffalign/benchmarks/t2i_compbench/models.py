@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from diffalign.benchmarks.base import Pixels
 from diffalign.benchmarks.geneval.colors import MEAN, STD, normalized
 from diffalign.benchmarks.geneval.colors import to_pixels as clip_pixels
 from diffalign.benchmarks.models.pretrained import load_model, load_part
-from diffalign.benchmarks.scoring import Pixels
 from diffalign.benchmarks.t2i_compbench.detections import FRAME
 
 BLIP_SIZE = 480

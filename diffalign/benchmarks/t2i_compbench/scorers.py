@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from diffalign.benchmarks.base import Item
-from diffalign.benchmarks.scoring import Pixels
-from diffalign.benchmarks.t2i_compbench import numeracy as t2i_numeracy
+from diffalign.benchmarks.base import Item, Pixels, Record
+from diffalign.benchmarks.t2i_compbench import numeracy
 from diffalign.benchmarks.t2i_compbench.detections import Labelled
 from diffalign.benchmarks.t2i_compbench.language import Annotations, questions, without_adjectives
 from diffalign.benchmarks.t2i_compbench.models import BlipVqa, ClipScore, Depth
@@ -70,7 +69,7 @@ class BlipVqaScorer:
     def version(self) -> str:
         return f"{self.model.version}; phrases by {self.annotations.made_by}"
 
-    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]:
         asked = [questions(self.annotations[item.prompt].phrases) for item in items]
         answers = [[round(p, 4) for p in row] for row in self.model(images, asked)]
         return [
@@ -91,7 +90,7 @@ class ClipScorer:
     def version(self) -> str:
         return f"{self.model.version}; adjectives by {self.annotations.made_by}" if self.annotations else self.model.version
 
-    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]:
         texts = [without_adjectives(self.annotations[item.prompt].tokens) if self.annotations else item.prompt for item in items]
         return [{"value": value, "text": text} for value, text in zip(self.model(images, texts), texts, strict=True)]
 
@@ -109,7 +108,7 @@ class Spatial2DScorer:
         tagged = f"; objects by {self.annotations.made_by}" if self.annotations else ""
         return f"2D rules of T2I-CompBench on {self.finder.version}{tagged}"
 
-    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]:
         pairs = [self.pair(item.prompt) for item in items]
         found = self.finder.find(images, items, [labels(pair or ()) for pair in pairs])
         return [
@@ -134,7 +133,7 @@ class Spatial3DScorer:
     def version(self) -> str:
         return f"3D rules of T2I-CompBench, {self.depth_axes} depth axes, on {self.finder.version} and {self.depth.version}"
 
-    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]:
         pairs = [template_objects(item.prompt) for item in items]
         found = self.finder.find(images, items, [labels(pair) for pair in pairs])
         return [
@@ -148,19 +147,19 @@ class NumeracyScorer:
     """Presence and exact number of the prompt's objects."""
 
     finder: Finder
-    vocabulary: t2i_numeracy.Vocabulary
+    vocabulary: numeracy.Vocabulary
     name: str = "numeracy"
 
     @property
     def version(self) -> str:
         return f"numeracy rules of T2I-CompBench on {self.finder.version}"
 
-    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[dict[str, Any]]:
-        wanted = [t2i_numeracy.parse(item.prompt, self.vocabulary) for item in items]
-        words = [list(dict.fromkeys(t2i_numeracy.SYNONYMS.get(word, word) for word, _ in row)) for row in wanted]
+    def __call__(self, images: Sequence[Pixels], items: Sequence[Item]) -> list[Record]:
+        wanted = [numeracy.parse(item.prompt, self.vocabulary) for item in items]
+        words = [list(dict.fromkeys(numeracy.SYNONYMS.get(word, word) for word, _ in row)) for row in wanted]
         found = self.finder.find(images, items, words)
         return [
-            {"value": t2i_numeracy.score(row, objects), "wanted": row, "objects": shown(objects)}
+            {"value": numeracy.score(row, objects), "wanted": row, "objects": shown(objects)}
             for row, objects in zip(wanted, found, strict=True)
         ]
 

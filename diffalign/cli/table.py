@@ -1,0 +1,111 @@
+"""The table of commands, one row for each: its words, what it takes, and the function that does it.
+
+Read without anything heavy: a command's module, with torch and diffusers behind it, is imported by `run` once its arguments are checked.
+That is why --help and a mistyped name answer at once, and why no function of the command line imports anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from importlib import import_module
+from typing import Protocol
+
+from diffalign.benchmarks.table import BENCHMARKS
+from diffalign.cli.commands import BenchList, Calibrate, Compare, Demo, Generate, RewardTable, Score, bench_defaults
+from diffalign.cli.values import searches_help
+
+
+class Checked(Protocol):
+    """What a command takes: a settings class."""
+
+    def check(self) -> None:
+        """Raises ValueError for what does not fit together or is needed and absent; nothing is loaded for it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A row of the table."""
+
+    words: tuple[str, ...]
+    """As they are typed: ("bench", "geneval")."""
+    summary: str
+    """In the list of commands."""
+    description: str
+    """Over its options."""
+    takes: Checked
+    """Its settings with their defaults."""
+    target: str
+    """"module:function" from settings and the typed command to an exit code, the module inside diffalign.cli."""
+    epilog: str = ""
+    """Under its options."""
+
+    def run(self, options: Checked, command: str) -> int:
+        module, _, function = self.target.partition(":")
+        return getattr(import_module(f"diffalign.cli.{module}"), function)(options, command)
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        words=("generate",),
+        summary="make images, before and after a search for better noise",
+        description="Makes an image of each prompt, and a better one by searching over the initial noise for what the rewards like.",
+        takes=Generate(),
+        target="generate:run",
+        epilog=searches_help(),
+    ),
+    *(
+        Command(
+            words=("bench", row.name),
+            summary=row.summary,
+            description=f"{row.summary} ({row.paper})",
+            takes=bench_defaults(row),
+            target="bench:run",
+        )
+        for row in BENCHMARKS.values()
+    ),
+    Command(
+        words=("bench", "ls"),
+        summary="list the benchmarks",
+        description="Lists the benchmarks.",
+        takes=BenchList(),
+        target="bench_list:run",
+    ),
+    Command(
+        words=("compare",),
+        summary="compare judged runs image by image",
+        description="Compares judged methods on the same images: intervals, paired tests, and what each gain cost.",
+        takes=Compare(),
+        target="compare:run",
+    ),
+    Command(
+        words=("score",),
+        summary="score images that exist already",
+        description="Scores the images of a folder and those below it with rewards that `diffalign rewards` lists. Resumable.",
+        takes=Score(folder=MISSING, reward=MISSING),
+        target="score:run",
+    ),
+    Command(
+        words=("rewards",),
+        summary="list the rewards",
+        description="Lists the rewards: what they are, where their weights come from, their licences and usual scores.",
+        takes=RewardTable(),
+        target="rewards:run",
+    ),
+    Command(
+        words=("calibrate",),
+        summary="measure rewards on a model's own images, for --calibration",
+        description="Generates images with a pipeline, scores them with each reward, and writes mean, spread and quantiles.",
+        takes=Calibrate(reward=MISSING),
+        target="calibrate:run",
+    ),
+    Command(
+        words=("demo",),
+        summary="open the app in a browser",
+        description="Opens the app in a browser.",
+        takes=Demo(),
+        target="demo:run",
+    ),
+)
+GROUPS = {"bench": "measure methods on a benchmark"}
+"""First words that several commands share -> what they are for."""
