@@ -41,7 +41,7 @@ from torch import Tensor
 
 from diffalign.methods.checks import check_flag, check_integer, check_number, formerly, no_gradient
 from diffalign.methods.search import try_candidates
-from diffalign.methods.tracking import Tracker
+from diffalign.methods.tracking import Tracker, evaluation_limit
 from diffalign.noise import noise_statistics, norm_log_density, sample_dot, sample_norm, spread, tangent, with_norm
 from diffalign.types import NoiseProblem, NoiseResult, Reward, RewardScores
 
@@ -72,6 +72,8 @@ class ReNO:
     _: KW_ONLY
     budget: int = 50
     """T >= 1, evaluations of the generator for each sample, `starts` included. Paper: 50."""
+    seconds: float | None = None
+    """> 0: climb for so long instead, or to a plateau; the budget then only says how many starts are drawn. Paper: none."""
     lr: float = 1 / 256
     """eta > 0, in the unit that `lr_unit` says. Paper: 5 absolute (10 for Hyper-SDXL at 1024 pixels), 1/256 of the radius."""
     lr_unit: Literal["radius", "absolute"] = "radius"
@@ -107,6 +109,8 @@ class ReNO:
         if not self.reward.differentiable:
             raise TypeError(f"{no_gradient(self.reward)}, which ReNO climbs; watch it instead, or use BestOfN.")
         check_integer("budget", self.budget, 1)
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, 0.0, above=True)
         for name in ("starts", "patience", "batch_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
@@ -135,7 +139,7 @@ class ReNO:
 
         Raises RuntimeError where `problem.generate` gives no gradient, TypeError where the reward gives none.
         """
-        tracker = Tracker(problem)
+        tracker, limit = Tracker(problem, self.seconds), evaluation_limit(self.budget, self.seconds)
         self.reward.prepare(problem.prompts)
         starts = max(self.budget // 2, 1) if self.starts is None else self.starts
         first = starts if starts > 1 else 0  # of the climb; a single start is the climb's own first evaluation
@@ -146,18 +150,19 @@ class ReNO:
         origin, radius = noise, sample_norm(noise)
         eta = self.lr * math.sqrt(noise[0].numel()) / self.clip if self.lr_unit == "radius" else self.lr
 
-        for t in range(first, self.budget):
-            last = t == self.budget - 1
+        for t in range(first, limit):
+            last = t == limit - 1
             images, scores, gradient = self._evaluate(problem, noise, rows, with_gradient=not last)
             measured = {**noise_statistics(noise), "norm_log_density": norm_log_density(noise)}
             measured["cosine_to_start"] = sample_dot(noise, origin) / (sample_norm(noise) * sample_norm(origin))
             if gradient is not None:
+                tracker.charge(rows, backward_passes=1)
                 if self.sphere:
                     gradient = tangent(gradient, noise)
                 measured["gradient_norm"] = sample_norm(gradient)
             host = tracker.record(rows, noise, images, scores, measured)
             going = [j for j, row in enumerate(rows) if not self._stops(tracker, row, {name: host[name][j] for name in host}, first)]
-            if gradient is None or not going:
+            if gradient is None or not going or tracker.out_of_time:
                 break
             if len(going) < len(rows):  # keep the samples that go on
                 kept = torch.tensor(going, device=noise.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffalign.methods import FIND, BestOfN, FKSteering, Guide, SeedPruning, ZeroOrder, build_method, tracking
+from diffalign.methods import FIND, BestOfN, FKSteering, Guide, ReNO, SeedPruning, ZeroOrder, build_method, tracking
 from tests.methods.test_particles import Mean, problem
 
 
@@ -21,6 +21,7 @@ TIMED = {
     "best-of-n": lambda reward, **bound: BestOfN(reward, batch_size=3, **bound),
     "zero-order": lambda reward, **bound: ZeroOrder(reward, neighbours=2, starts=1, **bound),
     "find": lambda reward, **bound: FIND(reward, candidates=2, **bound),
+    "reno": lambda reward, **bound: ReNO(reward, starts=1, patience=None, **bound),
 }
 
 
@@ -35,11 +36,10 @@ def test_seconds_end_a_search_at_the_first_check_after_them(name, curved, watch)
         return curved.generate(noise, rows)
 
     result = TIMED[name](curved.reward(), seconds=6.5).search(curved.problem([3, 1, 4], generate=generate))
-    expected = {"best-of-n": 7, "zero-order": 7, "find": 7}[name]
-    assert len(batches) == expected, "the seventh second is the first that is over"
+    assert len(batches) == 7, "the seventh second is the first that is over"
     assert sum(cost.evaluations for cost in result.cost) == sum(batches)
     assert [cost.seconds for cost in result.cost] == pytest.approx([7 / 3] * 3)
-    assert all(cost.backward_passes == 0 for cost in result.cost)
+    assert all(cost.backward_passes == (7 if name == "reno" else 0) for cost in result.cost)
 
 
 def test_every_sample_has_an_image_however_short_the_time(curved, watch):
