@@ -1,15 +1,15 @@
-"""diffalign.train: names become objects, a folder of pairs becomes batches, and the result an ordinary LoRA with its card.
+"""diffalign.train: names become objects, data become batches, and the result an ordinary LoRA with its card.
 
     diffalign.train("dpo", pipeline="shapes", data="my-pairs", out="outputs/dpo")
+    diffalign.train("d3po", pipeline="sd15", data=prompts, reward="image-reward", out="outputs/d3po")
     pipe.load_lora_weights("outputs/dpo")
 
-The loop and the objectives know nothing of pipelines; here they meet.
+The loop and the objectives know nothing of pipelines and names of rewards; here they meet.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
+import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,28 +20,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from diffalign.files import require_writable, whole_folder
-from diffalign.methods.table import suggestion
 
 if TYPE_CHECKING:
-    from diffalign.backbone import Size
     from diffalign.training.contract import Objective
-    from diffalign.training.data import Data, LatentStore, PairData
     from diffalign.training.loop import Evaluate, LoopSettings, Trained
     from diffalign.training.policy import Adaptation, Policy
+    from diffalign.training.sources import Source
+    from diffalign.training.table import Rewards, Row
 
-OBJECTIVES: Mapping[str, str] = MappingProxyType(
-    {
-        "sft": "diffalign.training.objectives.sft:SFT",
-        "dpo": "diffalign.training.objectives.preference:DPO",
-        "inpo": "diffalign.training.objectives.inpo:InPO",
-        "dcpo": "diffalign.training.objectives.dcpo:DCPO",
-        "mapo": "diffalign.training.objectives.mapo:MaPO",
-    }
-)
-"""Objectives that learn from pairs and need nothing else, by the name that Python and the command line know them by."""
 LATENTS = "latents"
-HELD_OUT_BATCHES = 8
-"""Batches that an evaluation looks at; few pairs come again, with other noise."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -55,34 +43,23 @@ class Tuned:
     """As it was loaded, with the tuned weights in force."""
 
 
-def build_objective(method: str | Objective, settings: Mapping[str, Any] | None = None) -> Objective:
-    """An objective from its name and fields that differ from the default. ValueError for an unknown name, with a hint."""
-    if not isinstance(method, str):
-        if settings:
-            raise ValueError("objective settings are given beside an objective that has its own; change those")
-        return method
-    if method not in OBJECTIVES:
-        raise ValueError(f"unknown method {method!r}; {suggestion(method, list(OBJECTIVES))}")
-    module, name = OBJECTIVES[method].split(":")
-    try:
-        return getattr(importlib.import_module(module), name)(**(settings or {}))
-    except TypeError as error:
-        raise ValueError(f"{method}: {error}") from error
-
-
 def train(
     method: str | Objective = "dpo",
     *,
     data: str | Path | Sequence[str],
     out: str | Path,
     pipeline: Any = "shapes",
+    reward: str | Mapping[str, float] | Rewards | None = None,
+    watch: Sequence[str] = (),
+    held_out_prompts: Sequence[str] = (),
     steps: int | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
     settings: LoopSettings | None = None,
     adaptation: Adaptation | None = None,
-    objective_settings: Mapping[str, Any] | None = None,
+    objective_settings: Mapping[str, Any] = NOTHING,
+    paper: bool = False,
     drop_prompts: float = 0.1,
     flip: bool = False,
     held_out: float = 0.1,
@@ -96,52 +73,82 @@ def train(
 ) -> Tuned:
     """Tunes a pipeline and leaves a LoRA in `out`, with a card that says how.
 
-    method: a name from OBJECTIVES, or an objective. data: a folder with pairs.jsonl (training/data.py says how it looks), or a list of
-    prompts for objectives that make their own images. pipeline: a name for load_pipeline, or a pipeline, which then carries the adapter.
-    steps, lr, batch_size, seed: fields of `settings` that differ from it. adaptation: rank, targets, or all weights.
+    method: a name from training/table.py, or an objective. data: a folder with pairs.jsonl or votes.jsonl (training/data.py and votes.py
+    say how they look), or a list of prompts for objectives that make their own images. pipeline: a name for load_pipeline, or a
+    pipeline, which then carries the adapter. reward: names and weights for load_reward, of objectives that learn from rewards, or
+    `training.table.Rewards` with functions of your own.
+    steps, lr, batch_size, seed: fields of `settings` that differ from it. adaptation: rank, targets, or all weights. objective_settings:
+    fields of the objective, "rollouts.images" those of a field. paper: the published settings instead of ours.
 
-    drop_prompts: share of pairs that learn under the empty prompt, for guidance. flip: mirror both images of every other pair.
-    evaluate: figures of the policy every `settings.evaluate_every` steps; "score" decides about the best weights and early stop. Without
-    one the objective's loss on a share `held_out` of the prompts is evaluated, and nothing is held out where evaluate_every is 0.
+    drop_prompts: share of samples that learn under the empty prompt, for guidance. flip: mirror both images of every other pair.
+
+    Every `settings.evaluate_every` steps the policy is evaluated; "score" decides about the weights that are kept and about early stop.
+    watch: rewards that are not optimised; the score is how far they have risen on images of `held_out_prompts` (of a share `held_out` of
+    the data's prompts, where none are given). Without them it is the objective's loss on that share of pairs or votes. evaluate: a
+    function of your own instead. Nothing is held out where evaluate_every is 0.
     resume: go on from `out`'s checkpoint. track: TensorBoard too. cache: where encoded images are kept; out/latents without one.
 
     Under `accelerate launch` the processes share out each step's micro-batches; the result is that of one process.
-    Raises what load_pipeline, read_pairs, Policy and the loop raise; each names the argument.
+    Raises what load_pipeline, load_reward, read_pairs, Policy and the loop raise; each names the argument.
     """
     from accelerate import PartialState
 
     from diffalign.training import card, loop
     from diffalign.training.loop import LoopSettings
     from diffalign.training.policy import Adaptation, Policy
+    from diffalign.training.table import build_objective, find_row
 
     given = {"steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed}
     settings = replace(settings or LoopSettings(), **{name: value for name, value in given.items() if value is not None})
     adaptation = replace(adaptation or Adaptation(), seed=settings.seed)
-    objective = build_objective(method, objective_settings)
+    row = find_row(method) if isinstance(method, str) else None
+    if row is None and (objective_settings or paper):
+        raise ValueError("objective_settings and paper are for a method that is named; this objective has its own settings, change those")
+    _check(row, reward, watch, held_out_prompts, settings.evaluate_every, evaluate)
+    objective = method if row is None else None
+    if row is not None and row.rewards == "none":  # what is amiss is named before anything is loaded
+        objective = build_objective(row, objective_settings, paper=paper)
     out = Path(out)
     require_writable(out)
     named = str(pipeline) if isinstance(pipeline, (str, Path)) else pipeline.config.get("_name_or_path") or type(pipeline).__name__
     pipe = _load(pipeline, device, dtype)
-    samples, judged, facts = _data(
-        pipe, data, settings, drop_prompts, flip, held_out if evaluate is None else 0.0, Path(cache or out / LATENTS)
-    )
-    if settings.evaluate_every and evaluate is None:
-        if judged is None:
-            raise ValueError("evaluate_every needs held_out pairs or evaluate=, a function that judges the policy; give one of them")
-        evaluate = _held_out_loss(objective, judged, settings)
+    rewards = _rewards(reward, watch, pipe.device)
+    kept_back = held_out if settings.evaluate_every and evaluate is None and not held_out_prompts else 0.0
+    source = _source(row, pipe, data, settings.seed, drop_prompts, flip, kept_back, Path(cache or out / LATENTS))
     policy = Policy(pipe, pipe.denoiser, adaptation)
-    whole = {"pipeline": named, "adaptation": asdict(adaptation), "data": facts}
-    trained = loop.train(policy, objective, samples, settings, out, evaluate=evaluate, resume=resume, track=track, facts=whole)
+    if objective is None:
+        objective = build_objective(row, objective_settings, rewards, paper=paper, weight_distance=policy.weight_distance)
+    if settings.evaluate_every and evaluate is None:
+        evaluate = _evaluate(objective, source, rewards, held_out_prompts, settings, pipe)
+    whole = {"pipeline": named, "adaptation": asdict(adaptation), "data": source.facts, **_reward_facts(rewards)}
+    trained = loop.train(policy, objective, source.data, settings, out, evaluate=evaluate, resume=resume, track=track, facts=whole)
     if PartialState().is_main_process:
         _save(policy, out)
         card.write(out, card.describe(
             trained, title=f"{named} tuned by {objective.name}", base=named, usage=_usage(pipe, named, out, adaptation.rank is None),
             command=command or f"diffalign.train({objective.name!r}, pipeline={named!r}, data=..., out={str(out)!r})", device=pipe.device,
-            settings={**asdict(settings), "adaptation": asdict(adaptation), "objective": {"name": objective.name, **objective.settings()}},
-            data=facts,
+            settings={**asdict(settings), "adaptation": asdict(adaptation), "objective": {"name": objective.name, **objective.settings()},
+                      **_reward_facts(rewards)},
+            data=source.facts,
         ))  # fmt: skip
     PartialState().wait_for_everyone()
     return Tuned(out, trained, pipe)
+
+
+def _check(row: Row | None, reward: Any, watch: Sequence[str], prompts: Sequence[str], every: int, evaluate: Any) -> None:
+    """ValueError for arguments that do not go together, before anything is loaded."""
+    if isinstance(watch, str):
+        raise TypeError(f"watch must be a list of reward names, got the string {watch!r}; write watch=[{watch!r}]")
+    if watch and not every:
+        raise ValueError("watch needs settings.evaluate_every: how many steps lie between two looks")
+    if watch and evaluate is not None:
+        raise ValueError("watch and evaluate= both say what is evaluated; give one of them")
+    if prompts and not (watch or getattr(reward, "watched", ())):
+        raise ValueError("held_out_prompts are drawn for watched rewards; give watch=[...] too")
+    if row is not None and row.rewards != "none" and reward is None:
+        raise ValueError(f"{row.name} learns from rewards; give reward=, as in reward={{'shapes-reward': 1.0}}")
+    if reward is not None and (row is None or row.rewards == "none"):
+        raise ValueError("reward is given to an objective that takes none by name; watch it instead")
 
 
 def _load(pipeline: Any, device: Any, dtype: Any) -> Any:
@@ -158,78 +165,65 @@ def _load(pipeline: Any, device: Any, dtype: Any) -> Any:
     return load_pipeline(pipeline, device=device, dtype=dtype)
 
 
-# ---- data --------------------------------------------------------------------------------------------------------------------
+def _rewards(reward: Any, watch: Sequence[str], device: Any) -> Rewards:
+    """Loaded where they are named; frozen models, each by itself."""
+    from diffalign.hub import load_reward
+    from diffalign.training.table import Rewards
+
+    own = reward if isinstance(reward, Rewards) else Rewards({}, {}, {})
+    if reward is not None and own is not reward:
+        mix = load_reward(reward, watch=watch, device=device)
+        return Rewards({name: model for name, (model, _) in mix.members.items()}, mix.weights, mix.watched)
+    if watch:
+        mix = load_reward(dict.fromkeys(watch, 1.0), device=device)
+        own = replace(own, watched={**own.watched, **{name: model for name, (model, _) in mix.members.items()}})
+    return own
 
 
-def _data(
-    pipe: Any, data: Any, settings: LoopSettings, drop_prompts: float, flip: bool, held_out: float, cache: Path
-) -> tuple[Data, PairData | None, dict[str, Any]]:
-    """(what is learned from, held-out pairs, facts for the card and for resuming)."""
-    from accelerate import PartialState
-    from tqdm import tqdm
-
-    from diffalign.training.data import PairData, PromptData, read_pairs, split_by_prompt
-
-    size = pipe.default_size()
-    if not isinstance(data, (str, Path)):
-        prompts = list(data)
-        facts = {"prompts": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
-        return PromptData(prompts, pipe, device=pipe.device, seed=settings.seed, size=size), None, facts
-    if pipe.output_field != "images":
-        raise ValueError(f"data: pairs are of images, and {type(pipe).__name__} makes videos; give an image pipeline, or a list of prompts")
-    pairs, dropped = read_pairs(data)
-    train, held = split_by_prompt(pairs, held_out if settings.evaluate_every else 0.0, settings.seed)
-    store = _store(pipe, size, cache)
-    with PartialState(cpu=pipe.device.type == "cpu").main_process_first(), tqdm(desc="encode", unit="image", disable=None) as bar:
-        learned = PairData(
-            train, store, pipe, device=pipe.device, seed=settings.seed, drop_prompts=drop_prompts, flip=flip, progress=bar.update
-        )
-        judged = (
-            PairData(held, store, pipe, device=pipe.device, seed=settings.seed, drop_prompts=0.0, progress=bar.update) if held else None
-        )
-    text = "\n".join(f"{p.prompt}\t{learned.key(p)}\t{p.weight}\t{p.winner_caption}\t{p.loser_caption}" for p in train)
-    facts = {
-        "pairs": len(train),
-        "prompts": len({pair.prompt for pair in train}),
-        "held_out_pairs": len(held),
-        "dropped_rows": len(dropped),
-        "drop_prompts": drop_prompts,
-        "flip": flip,
-        "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-    }
-    return learned, judged, facts
+def _reward_facts(rewards: Rewards) -> dict[str, Any]:
+    return {"rewards": dict(rewards.weights), "watched": sorted(rewards.watched)}
 
 
-def _store(pipe: Any, size: Size, cache: Path) -> LatentStore:
-    """The pipeline's autoencoder tells its latents from another's by its class, its settings and its weights."""
-    import torch
+def _source(row: Row | None, pipe: Any, data: Any, seed: int, drop_prompts: float, flip: bool, held_out: float, cache: Path) -> Source:
+    from diffalign.training import sources
 
-    from diffalign.training.data import LatentStore
+    folder = isinstance(data, (str, Path))
+    if row is not None and folder == (row.data == "prompts"):
+        wanted = "a list of prompts" if row.data == "prompts" else f"a folder of {row.data}"
+        raise ValueError(f"data: {row.name} learns from {wanted}; got {type(data).__name__}")
+    if not folder:
+        return sources.of_prompts(pipe, list(data), seed)
+    kind = "votes" if row is not None and row.data == "votes" else "pairs"
+    return sources.of_folder(pipe, data, kind, cache, seed=seed, drop_prompts=drop_prompts, flip=flip, held_out=held_out)
 
-    digest = hashlib.sha256(f"{type(pipe).__name__} {sorted(pipe.vae.config.items(), key=str)}".encode())
-    for name, tensor in sorted(pipe.vae.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return LatentStore(cache, pipe.encode_images, size, digest.hexdigest())
+
+def _evaluate(
+    objective: Objective, source: Source, rewards: Rewards, prompts: Sequence[str], settings: LoopSettings, pipe: Any
+) -> Evaluate:
+    """By watched rewards where there are any, else by the loss on what is held out."""
+    from diffalign.training.sources import held_out_loss
+    from diffalign.training.watching import Watch
+
+    if rewards.watched:
+        prompts = tuple(prompts) or source.held_out_prompts
+        if not prompts:
+            raise ValueError("watch needs held_out_prompts=, prompts that are not learned from; give some")
+        steps, scale = _sampling(objective, pipe)
+        return Watch(prompts, rewards.watched, rewards.scores, steps, scale, pipe.default_size(), settings.seed).evaluator()
+    if source.held_out is None:
+        raise ValueError("evaluate_every needs watch=, rewards to judge by, held_out pairs, or evaluate=, a function; give one of them")
+    return held_out_loss(objective, source.held_out, settings.micro_batch or settings.batch_size, settings.seed)
 
 
-def _held_out_loss(objective: Objective, held: PairData, settings: LoopSettings) -> Evaluate:
-    """The objective's loss and figures on held-out pairs, with the same noise every time; the score is the loss, negative."""
-    from diffalign.training.data import seeded
-
-    size = settings.micro_batch or settings.batch_size
-
-    def evaluate(policy: Policy, step: int) -> Mapping[str, float]:
-        sums: dict[str, float] = {}
-        for i in range(HELD_OUT_BATCHES):
-            batch = held.take(range(i * size, (i + 1) * size))
-            collected = objective.collect(policy.denoiser(), batch, seeded(settings.seed, 4, i, 0))
-            loss, figures = objective.loss(policy.denoiser(), policy.reference(), collected, seeded(settings.seed, 4, i, 1))
-            for name, value in {**figures, "loss": loss.item()}.items():
-                sums[name] = sums.get(name, 0.0) + value / HELD_OUT_BATCHES
-        found = {f"held_out_{name}": total for name, total in sums.items()}
-        return {**found, "score": -found["held_out_loss"]}
-
-    return evaluate
+def _sampling(objective: Objective, pipe: Any) -> tuple[int, float]:
+    """(steps, guidance scale) of held-out images: those of the objective where it makes images itself, else the pipeline's own."""
+    made = getattr(objective, "rollouts", None) or getattr(objective, "sampling", None) or objective
+    called = inspect.signature(pipe.stock_class.__call__).parameters
+    own = {name: pipe.defaults.get(name, called[name].default) for name in ("num_inference_steps", "guidance_scale")}
+    scale = getattr(made, "guidance_scale", None)
+    if scale is None:
+        return own["num_inference_steps"], own["guidance_scale"]
+    return made.steps or own["num_inference_steps"], scale
 
 
 # ---- results -----------------------------------------------------------------------------------------------------------------

@@ -1,67 +1,87 @@
-"""`diffalign train sft`, `dpo` and their kin: tune the pipeline's weights on pairs of images, of which one was preferred."""
+"""`diffalign train sft`, `dpo`, `kto`, `d3po`, `r0` and their kin: tune the pipeline's weights, one subcommand for each objective."""
 
 # ruff: noqa: T201  (a command speaks to its user)
 
 from __future__ import annotations
 
 import argparse
+import ast
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffalign.commands import config, options
+from diffalign.commands import config, generate, options
 
-SUMMARIES = {
-    "sft": "tune on the preferred images alone: the baseline",
-    "dpo": "tune on preferences (Diffusion-DPO)",
-    "inpo": "tune on preferences at the latents that lead to the images (DDIM-InPO)",
-    "dcpo": "tune on preferences with a caption for each image (DCPO)",
-    "mapo": "tune on preferences without a reference (MaPO)",
-}
-"""For each objective on pairs."""
-WITH_BETA = {"dpo": "beta", "inpo": "preference", "dcpo": "objective", "mapo": "beta"}
-"""Objective -> the field that beta, or the kernel with it, goes into."""
-DATA = (
-    "FOLDER holds pairs.jsonl with lines such as {\"prompt\": \"a red circle\", \"winner\": \"1.png\", \"loser\": \"2.png\"}; "
-    "\"weight\", \"winner_caption\" and \"loser_caption\" may follow. The result is a LoRA: `diffalign generate --lora DIR`."
-)  # fmt: skip
+DATA = {
+    "pairs": "FOLDER holds pairs.jsonl with lines such as {\"prompt\": \"a red circle\", \"winner\": \"1.png\", \"loser\": \"2.png\"}; "
+    "\"weight\", \"winner_caption\" and \"loser_caption\" may follow.",
+    "votes": "FOLDER holds votes.jsonl with lines such as {\"prompt\": \"a red circle\", \"image\": \"1.png\", \"good\": true}, or pairs.",
+    "prompts": "It makes its own images of the prompts and asks --reward what they are worth.",
+}  # fmt: skip
+WATCHED = 48
+"""Held-out prompts that watched rewards look at where none are given: of the shapes world's validation split, spread over its tasks."""
+TARGETS = {"attention": None, "linear": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "ff.net.0.proj")}
+"""Names for --targets; None: the default of Adaptation."""
 
 
 def add_parsers(kinds: Any) -> None:
     """One for each objective, below `diffalign train`."""
-    for name, summary in SUMMARIES.items():
-        parser = kinds.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {DATA}", allow_abbrev=False)
-        add_options(parser, name)
-        parser.set_defaults(run=run, objective=name)
+    from diffalign.training.table import TABLE
+
+    for row in TABLE:
+        text = f"{row.summary[0].upper()}{row.summary[1:]}. {DATA[row.data]} The result is a LoRA: `diffalign generate --lora DIR`."
+        parser = kinds.add_parser(row.name, help=row.summary, description=text, allow_abbrev=False)
+        add_options(parser, row)
+        parser.set_defaults(run=run, objective=row.name)
 
 
-def add_options(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="pairs of images")
+def add_options(parser: argparse.ArgumentParser, row: Any) -> None:
+    data_help = f"{row.data} of images, as `diffalign pairs` and people make them"
+    if row.data == "prompts":
+        prompts_help = "prompts to learn on, one a line (default with shapes: 1000 of training combinations)"
+        parser.add_argument("--prompts-file", type=Path, metavar="FILE", help=prompts_help)
+    else:
+        parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help=data_help)
     parser.add_argument("--pipeline", type=options.pipeline_name, default="shapes", metavar="NAME", help="(default: %(default)s)")
-    out = Path(f"outputs/{name}")
-    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="LoRA, card, metrics, checkpoint (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(f"outputs/{row.name}"), metavar="DIR",
+                        help="LoRA, card, metrics, checkpoint (default: %(default)s)")  # fmt: skip
+    if row.rewards != "none":
+        parser.add_argument("--reward", type=options.reward_weight, nargs="+", action="extend", metavar="NAME=WEIGHT",
+                            help="what to learn from (default with shapes: shapes-reward)")  # fmt: skip
+    watch_help = "rewards that decide which weights are kept and when to stop; looked at on held-out prompts, never optimised"
+    parser.add_argument("--watch", type=options.reward_name, nargs="+", action="extend", metavar="NAME", help=watch_help)
+    held_out_help = f"prompts for --watch, one a line (default with shapes: {WATCHED} of validation; else a share of the data's own)"
+    parser.add_argument("--held-out-prompts", type=Path, metavar="FILE", help=held_out_help)
+    set_help = "settings of the method, as in beta=500 or rollouts.images=8; the page of the method lists them"
+    parser.add_argument("--set", type=setting, nargs="+", action="extend", metavar="NAME=VALUE", help=set_help)
+    parser.add_argument("--paper", action="store_true", help="start from the published settings instead of ours")
     parser.add_argument("--steps", type=options.count, default=200, metavar="N", help="batches to learn from (default: %(default)s)")
     parser.add_argument("--lr", type=options.scale, default=1e-4, metavar="X", help="peak learning rate, absolute (default: %(default)s)")
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=10, metavar="N", help="steps up to the peak (default: %(default)s)")
-    parser.add_argument("--batch-size", type=options.count, default=16, metavar="N", help="pairs in a step (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=options.count, metavar="N", help="pairs at once: less memory (default: all of the batch)")
+    parser.add_argument("--batch-size", type=options.count, default=16, metavar="N", help=f"{row.data} in a step (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=options.count, metavar="N", help="so many at once: less memory (default: all of the batch)")
+    parser.add_argument("--updates", type=options.count, default=1, metavar="N", help="optimiser steps on a batch (default: %(default)s)")
     parser.add_argument("--rank", type=options.count, default=16, metavar="N", help="of the LoRA (default: %(default)s)")
+    targets_help = "layers with an adapter: attention, linear (feed-forward too), or ends of names (default: attention)"
+    parser.add_argument("--targets", nargs="+", default=["attention"], metavar="NAME", help=targets_help)
     parser.add_argument("--full", action="store_true", help="train all weights instead of a LoRA")
-    if name in WITH_BETA:
-        parser.add_argument("--beta", type=options.scale, metavar="X", help="how much a difference counts (default: the method's own)")
-    drop_help = "share of pairs that learn under the empty prompt, so that guidance goes on working (default: %(default)s)"
-    parser.add_argument("--drop-prompts", type=options.scale, default=0.1, metavar="X", help=drop_help)
-    parser.add_argument("--flip", action="store_true", help="mirror both images of every other pair")
+    budget_help = "how far the weights may move from where they began, L2 norm; further steps are drawn back to it (default: no limit)"
+    parser.add_argument("--weight-budget", type=options.scale, metavar="X", help=budget_help)
+    if row.data != "prompts":
+        drop_help = "share of samples that learn under the empty prompt, so that guidance goes on working (default: %(default)s)"
+        parser.add_argument("--drop-prompts", type=options.scale, default=0.1, metavar="X", help=drop_help)
+    if row.data == "pairs":
+        parser.add_argument("--flip", action="store_true", help="mirror both images of every other pair")
     evaluate_help = "steps between evaluations on held-out prompts, whose best weights are kept (default: none)"
     parser.add_argument("--evaluate-every", type=options.count, default=0, metavar="N", help=evaluate_help)
     parser.add_argument("--held-out", type=options.scale, default=0.1, metavar="X", help="share of prompts for that (default: %(default)s)")
     parser.add_argument("--patience", type=options.count, metavar="N", help="stop after so many evaluations without a better one")
     average_help = "decay of the moving average of the weights that is kept instead of the last ones"
     parser.add_argument("--average", type=options.scale, metavar="X", help=average_help)
-    parser.add_argument(
-        "--save-every", type=options.count, default=50, metavar="N", help="steps between checkpoints (default: %(default)s)"
-    )
+    save_help = "steps between checkpoints (default: %(default)s)"
+    parser.add_argument("--save-every", type=options.count, default=50, metavar="N", help=save_help)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="bf16: the network computes in bfloat16")
@@ -74,41 +94,46 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     config.add_option(parser)
 
 
-def objective_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the objective is told of beta; nothing where nothing was asked for."""
-    field = WITH_BETA.get(args.objective)
-    if field is None or args.beta is None:
-        return {}
-    if field == "beta":
-        return {field: args.beta}
-    from diffalign.training.objectives.preference import DPO
-
-    return {field: DPO(beta=args.beta)}
+def setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is read as Python would (numbers, True, None, tuples), else it is text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, as in beta=500; got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def run(args: argparse.Namespace) -> int:
     """Tunes, and prints where the result lies and what was measured."""
-    from diffalign.training.data import PAIRS
+    from diffalign.training.table import find_row
 
-    if args.data.is_dir() and not (args.data / PAIRS).is_file():  # before a pipeline is loaded for nothing
-        raise ValueError(f"--data {args.data} has no {PAIRS}")
+    row = find_row(args.objective)
+    if row.data != "prompts" and not args.data.exists():  # before a pipeline is loaded for nothing
+        raise ValueError(f"--data {args.data} does not exist; `diffalign pairs` makes such a folder for the shapes models")
     from diffalign.training.loop import LoopSettings
     from diffalign.training.policy import Adaptation
     from diffalign.tuning import train
 
-    fields = ("steps", "lr", "warmup", "schedule", "batch_size", "micro_batch", "seed", "average", "precision", "save_every")
-    settings = LoopSettings(**{name: getattr(args, name) for name in fields}, evaluate_every=args.evaluate_every, patience=args.patience)
+    fields = ("steps", "lr", "warmup", "schedule", "batch_size", "micro_batch", "seed", "average", "precision", "save_every", "patience",
+              "evaluate_every", "weight_budget")  # fmt: skip
+    settings = LoopSettings(**{name: getattr(args, name) for name in fields}, updates_per_batch=args.updates)
     try:
         done = train(
             args.objective,
             pipeline=args.pipeline,
-            data=args.data,
+            data=learned_prompts(args) if row.data == "prompts" else args.data,
             out=args.out,
+            reward=rewards(args) if row.rewards != "none" else None,
+            watch=args.watch or (),
+            held_out_prompts=held_out_prompts(args),
             settings=settings,
-            adaptation=Adaptation(rank=None if args.full else args.rank, checkpointing=args.checkpointing),
-            objective_settings=objective_settings(args),
-            drop_prompts=args.drop_prompts,
-            flip=args.flip,
+            adaptation=adaptation(args, Adaptation),
+            objective_settings=dict(args.set or ()),
+            paper=args.paper,
+            drop_prompts=getattr(args, "drop_prompts", 0.0),
+            flip=getattr(args, "flip", False),
             held_out=args.held_out,
             resume=args.resume,
             track=args.track,
@@ -127,3 +152,45 @@ def run(args: argparse.Namespace) -> int:
     print(f"saved in {done.folder}; use it with `diffalign generate --lora {done.folder}`" if not args.full else
           f"saved in {done.folder / 'pipeline'}; use it with `diffalign generate --pipeline {done.folder / 'pipeline'}`")  # fmt: skip
     return 0
+
+
+def adaptation(args: argparse.Namespace, made: Any) -> Any:
+    """What of the network learns."""
+    named = TARGETS.get(args.targets[0]) if len(args.targets) == 1 and args.targets[0] in TARGETS else tuple(args.targets)
+    chosen = {} if named is None else {"targets": named}
+    return made(rank=None if args.full else args.rank, checkpointing=args.checkpointing, **chosen)
+
+
+def rewards(args: argparse.Namespace) -> Mapping[str, float]:
+    """What is learned from. ValueError where nothing is given and no default fits."""
+    if args.reward:
+        return dict(args.reward)
+    if options.is_shapes(args.pipeline):
+        return {"shapes-reward": 1.0}
+    raise ValueError(f"--reward is needed with --pipeline {args.pipeline}: the default reward knows shapes only")
+
+
+def learned_prompts(args: argparse.Namespace) -> list[str]:
+    """What an objective makes images of."""
+    if args.prompts_file is not None:
+        return generate.read_prompts(args.prompts_file)
+    if not options.is_shapes(args.pipeline):
+        raise ValueError(f"--prompts-file is needed with --pipeline {args.pipeline}: prompts like those it will be used with")
+    from diffalign.shapes.train.judged import annotator_rows
+
+    return list(dict.fromkeys(row["prompt"] for row in annotator_rows(1000, 0)))
+
+
+def held_out_prompts(args: argparse.Namespace) -> list[str]:
+    """What watched rewards look at; none where the data's own are to be held out, or nothing is watched."""
+    if args.held_out_prompts is not None:
+        return generate.read_prompts(args.held_out_prompts)
+    if not args.watch or not options.is_shapes(args.pipeline):
+        return []
+    from diffalign.shapes.prompts import metadata
+
+    by_task: dict[str, list[str]] = {}
+    for row in metadata("validation"):
+        by_task.setdefault(row["tag"], []).append(row["prompt"])
+    each = -(-WATCHED // len(by_task))
+    return [prompt for found in by_task.values() for prompt in found[:: max(len(found) // each, 1)][:each]]

@@ -16,9 +16,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -38,6 +39,8 @@ MOST_IN_MEMORY = 2 * 1024**3  # bytes of latents; further ones are read from the
 EMPTY = ""  # the prompt that stands for no prompt
 
 Batch = TypeVar("Batch", covariant=True)
+Record = TypeVar("Record")
+"""A pair or a vote: what has a `prompt`."""
 
 
 class Data(Protocol, Generic[Batch]):
@@ -87,7 +90,7 @@ def read_pairs(source: str | Path) -> tuple[list[Pair], list[Dropped]]:
         if not text.strip():
             continue
         pair = _pair(text, file, line)
-        reason = next(filter(None, (_undecodable(path) for path in (pair.winner, pair.loser))), None)
+        reason = next(filter(None, (undecodable(path) for path in (pair.winner, pair.loser))), None)
         if reason is None:
             pairs.append(pair)
         else:
@@ -121,7 +124,14 @@ def _pair(text: str, file: Path, line: int) -> Pair:
                 loser_caption=row.get("loser_caption"))  # fmt: skip
 
 
-def _undecodable(path: Path) -> str | None:
+def pair_line(prompt: str, winner: str, loser: str, captions: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A line of pairs.jsonl. captions: image path -> its own prompt, where it has one."""
+    said = {name: captions[image] for name, image in (("winner_caption", winner), ("loser_caption", loser)) if image in captions}
+    return json.dumps({"prompt": prompt, "winner": winner, "loser": loser, **said})
+
+
+def undecodable(path: Path) -> str | None:
+    """Why an image file cannot be used; None where it can."""
     try:
         decode(path.read_bytes())
     except (ValueError, OSError) as error:
@@ -129,7 +139,7 @@ def _undecodable(path: Path) -> str | None:
     return None
 
 
-def split_by_prompt(pairs: Sequence[Pair], held_out: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+def split_by_prompt(pairs: Sequence[Record], held_out: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
     """(train, held out): all pairs of a prompt on one side, which its text and the seed alone decide. ValueError where one is empty."""
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must lie in [0, 1), got {held_out}")
@@ -301,9 +311,14 @@ class PairData:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def key(self, pair: Pair) -> str:
-        """What its two images are known by in the store: their content."""
-        return f"{self._keys[pair.winner, False]} {self._keys[pair.loser, False]}"
+    def identity(self) -> str:
+        """A hash of all that is learned from: texts, weights and the content of images."""
+
+        def told(pair: Pair) -> str:
+            images = f"{self._keys[pair.winner, False]} {self._keys[pair.loser, False]}"
+            return f"{pair.prompt}\t{images}\t{pair.weight}\t{pair.winner_caption}\t{pair.loser_caption}"
+
+        return hashlib.sha256("\n".join(map(told, self.pairs)).encode()).hexdigest()[:16]
 
     def take(self, positions: Sequence[int]) -> PairBatch:
         chosen = [self.pairs[self._order[position]] for position in positions]

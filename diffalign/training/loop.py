@@ -68,6 +68,8 @@ class LoopSettings:
     """AdamW's, >= 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay of the gradient's average and of its square's, in [0, 1)."""
+    weight_budget: float | None = None
+    """Largest L2 distance of all weights from where they began, > 0: a step that goes further is drawn back to it; None: no limit."""
     average: float | None = None
     """Decay of the moving average of the weights (EMA), in (0, 1), which is then what is evaluated and saved; None: no average."""
     precision: str = "no"
@@ -95,6 +97,8 @@ class LoopSettings:
             raise ValueError(f"micro_batch must divide batch_size, {self.batch_size}; got {self.micro_batch!r}")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average must lie in (0, 1), got {self.average!r}")
+        if self.weight_budget is not None and not self.weight_budget > 0:
+            raise ValueError(f"weight_budget must be greater than 0, got {self.weight_budget!r}; leave it out for no limit")
         if self.patience is not None and (self.patience < 1 or not self.evaluate_every):
             raise ValueError(f"patience must be at least 1 and needs evaluate_every; got {self.patience!r} and {self.evaluate_every}")
 
@@ -299,6 +303,8 @@ class _Run:
                                              f"{settings.learning_rate(step):g}; lower it, or look at the data. The weights are as they "
                                              f"were before this update; the last checkpoint is in {self.folder}")  # fmt: skip
             self.optimizer.step()
+            if settings.weight_budget is not None:
+                figures["weight_distance"] = self.policy.draw_back(settings.weight_budget)
             if settings.average is not None:
                 with torch.no_grad():
                     decay = min(settings.average, (1 + step) / (10 + step))  # the start, which is far off, is forgotten sooner

@@ -167,6 +167,20 @@ class Policy:
         return torch.stack(parts).sum()
 
     @torch.no_grad()
+    def draw_back(self, budget: float) -> float:
+        """Scales the change of all weights so that its L2 norm is at most `budget`; returns the norm as it was."""
+        distance = float(self.weight_distance().clamp_min(0).sqrt())
+        if distance <= budget:
+            return distance
+        before = {} if self._copy is None else dict(self._copy.named_parameters())
+        for name, parameter in self.parameters.items():
+            if before:
+                parameter.copy_(before[name] + (parameter - before[name]) * (budget / distance))
+            elif "lora_B" in name:  # an adapter's change is B A, so one of the two is scaled
+                parameter.mul_(budget / distance)
+        return distance
+
+    @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Raises ValueError where names or shapes are not those of `weights()`."""
         fits = weights.keys() == self.parameters.keys() and all(weights[n].shape == p.shape for n, p in self.parameters.items())

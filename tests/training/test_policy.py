@@ -176,3 +176,17 @@ def test_what_cannot_be_is_refused():
         policy.set_weights({})
     with pytest.raises(ValueError, match="LoRA format"):
         Policy(pipeline("pixart-sigma"), "transformer")
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_weights_are_drawn_back_to_their_budget(rank):
+    policy = made("sd15", rank=rank)
+    nudge(policy)
+    far = float(policy.weight_distance().detach().sqrt())
+    moved = policy.weights()
+    assert policy.draw_back(2 * far) == pytest.approx(far, rel=1e-5)
+    assert all(torch.equal(moved[name], weights) for name, weights in policy.weights().items())  # within the budget nothing happens
+    assert policy.draw_back(far / 4) == pytest.approx(far, rel=1e-5)
+    assert float(policy.weight_distance().detach().sqrt()) == pytest.approx(far / 4, rel=1e-3)
+    ahead = {name: weights for name, weights in policy.weights().items() if "lora_A" in name}
+    assert all(torch.equal(moved[name], weights) for name, weights in ahead.items())

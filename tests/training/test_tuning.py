@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from safetensors.torch import load_file
 
 import diffalign
 from diffalign.cli import build_parser, main
-from diffalign.commands.tune import SUMMARIES, WITH_BETA, objective_settings
+from diffalign.cli import config_file as config
+from diffalign.commands import tune
+from diffalign.commands.tune import setting
 from diffalign.training.loop import LoopSettings
 from diffalign.training.objectives.sft import SFT
-from diffalign.training.policy import Adaptation
-from diffalign.tuning import OBJECTIVES, build_objective
+from diffalign.training.policy import ATTENTION, Adaptation
+from diffalign.training.table import TABLE, Rewards, build_objective, find_row, markdown
 from tests.families.tiny import ROWS
 from tests.training.test_data import folder_of_pairs, write_image
 
@@ -69,19 +72,125 @@ def test_it_learns_what_is_preferred_on_prompts_that_it_never_saw(name, beta, da
     assert done.trained.kept_step == 12
 
 
-@pytest.mark.parametrize("method", sorted(OBJECTIVES))
-def test_every_objective_on_pairs_can_be_named_in_python_and_on_the_command_line(method, tmp_path):
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "train"
+ON_DATA = [row.name for row in TABLE if row.data != "prompts"]
+REWARDED = [row.name for row in TABLE if row.data == "prompts"]
+FEW = {"rollouts.images": 2, "rollouts.steps": 2, "rollouts.guidance_scale": 2.0}
+BACK = {"sampling.steps": 2, "sampling.guidance_scale": 2.0}
+SMALL = {**dict.fromkeys(("d3po", "ddpo", "parrot"), FEW), "dpok": {**FEW, "rollouts.trained": 1}, "draft": BACK,
+         "flow-grpo": {**FEW, "rollouts.steps": 3}, "alignprop": BACK, "refl": {**BACK, "earliest": 1}, "r0": {"steps": 2},
+         "r0+": {"steps": 2, "weight_penalty": 0.1}}  # fmt: skip
+"""Settings that make a step of each objective on prompts quick."""
+
+
+def red(images, prompts):
+    return images[:, 0].mean((1, 2))
+
+
+def green(images, prompts):
+    return images[:, 1].mean((1, 2))
+
+
+REDS = Rewards({"red": red, "green": green}, {"red": 1.0, "green": 0.5}, {"blue": lambda images, prompts: images[:, 2].mean((1, 2))})
+
+
+@pytest.mark.parametrize("method", ON_DATA)
+def test_every_objective_on_data_can_be_named_in_python_and_on_the_command_line(method, tmp_path):
     data = folder_of_pairs(tmp_path / "data", 4, winner_caption="2")
     done = diffalign.train(method, pipeline=pipeline("sd15"), data=data, out=tmp_path / "out", settings=QUICK, steps=1)
     assert math.isfinite(done.trained.figures["loss"])
     assert build_parser().parse_args(["train", method, "--data", str(data)]).objective == method
 
 
-def test_the_command_knows_the_objectives_and_where_beta_goes():
-    assert SUMMARIES.keys() == OBJECTIVES.keys()
-    for method in WITH_BETA:
-        args = build_parser().parse_args(["train", method, "--data", "x", "--beta", "7"])
-        assert "7.0" in str(build_objective(method, objective_settings(args)).settings())
+@pytest.mark.parametrize("method", REWARDED)
+def test_every_objective_on_rewards_trains_by_name(method, tmp_path):
+    name = "sd3-medium" if method == "flow-grpo" else "sd15"
+    settings = LoopSettings(steps=2, batch_size=2, lr=1e-3, evaluate_every=1)
+    done = diffalign.train(method, pipeline=pipeline(name), data=["1", "2"], out=tmp_path, reward=REDS, held_out_prompts=["3", "4"],
+                           watch=(), settings=settings, adaptation=Adaptation(rank=2), objective_settings=SMALL[method])  # fmt: skip
+    assert math.isfinite(done.trained.figures["loss"])
+    first, *others = done.trained.evaluations
+    assert first["score"] == 0
+    assert len(others) == 2
+    assert {"held_out/red", "held_out/green", "held_out/blue"} <= first.keys()
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["settings"]["rewards"] == {"red": 1.0, "green": 0.5}
+    assert card["settings"]["watched"] == ["blue"]
+    assert build_parser().parse_args(["train", method, "--reward", "shapes-clip=2"]).reward == [("shapes-clip", 2.0)]
+
+
+def test_a_run_on_rewards_resumes_to_the_bit(tmp_path):
+    def run(out, steps, **more):
+        settings = LoopSettings(steps=steps, batch_size=2, lr=1e-3, updates_per_batch=2)
+        return diffalign.train("d3po", pipeline=pipeline("sd15"), data=["1", "2", "3"], out=tmp_path / out, reward=REDS, settings=settings,
+                               adaptation=Adaptation(rank=2), objective_settings=FEW, **more)  # fmt: skip
+
+    run("whole", 2)
+    run("parts", 1)
+    run("parts", 2, resume=True)
+    whole, parts = (load_file(tmp_path / out / "pytorch_lora_weights.safetensors") for out in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_weights_that_watched_rewards_like_best_are_kept(tmp_path):
+    """Red is climbed and watched is its opposite, so that every step makes the score worse: the weights before step 1 are kept."""
+    rewards = Rewards({"red": red}, {"red": 1.0}, {"not-red": lambda images, prompts: -red(images, prompts)})
+    settings = LoopSettings(steps=3, batch_size=4, lr=1e-2, warmup=0, evaluate_every=1, patience=2)
+    done = diffalign.train("draft", pipeline=pipeline("sd15"), data=["1", "2"], out=tmp_path, reward=rewards, held_out_prompts=["3", "4"],
+                           settings=settings, adaptation=Adaptation(rank=None), objective_settings=BACK)  # fmt: skip
+    red_scores = [each["held_out/red"] for each in done.trained.evaluations]
+    assert red_scores[1] > red_scores[0]
+    assert [each["score"] < 0 for each in done.trained.evaluations] == [False, True, True]
+    assert (done.trained.kept_step, done.trained.step) == (0, 2)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*_shapes.yaml")), ids=lambda path: path.name)
+def test_a_config_says_what_the_method_knows(file):
+    method = file.name.removesuffix("_shapes.yaml")
+    if method in ("guidance_search", "linear_ag"):
+        pytest.skip("not an objective")
+    row = find_row(method)
+    data = [] if row.data == "prompts" else ["--data", "x"]
+    args = build_parser().parse_args(config.expand(["train", method, "--config", str(file), *data]))
+    given = None if row.rewards == "none" else Rewards(dict.fromkeys(tune.rewards(args), red), tune.rewards(args), {})
+    objective = build_objective(row, dict(args.set or ()), given)
+    assert objective.settings() != build_objective(row, None, given).settings() or args.set is None
+    assert tune.adaptation(args, Adaptation).targets == (ATTENTION if args.full else tune.TARGETS["linear"])
+    assert args.evaluate_every
+    assert args.watch
+    assert not set(args.watch) & set(tune.rewards(args) if given else ())
+
+
+def test_the_page_has_the_table_of_objectives():
+    assert markdown() in (CONFIGS.parents[1] / "docs" / "tuning.md").read_text()
+
+
+def test_settings_reach_fields_of_fields_and_names_are_checked():
+    rewards = Rewards({"red": red, "green": green}, {"red": 2.0, "green": -1.0}, {})
+    assert build_objective(find_row("dcpo-inpo"), {"objective.preference.beta": 7.0}).objective.preference.beta == 7.0
+    assert build_objective(find_row("parrot"), {"rollouts.images": 3}, REDS).weights == {"red": 1.0, "green": 0.5}
+    images = torch.rand(2, 3, 4, 4)
+    summed = build_objective(find_row("ddpo"), None, rewards).score(images, ["1", "2"])
+    assert torch.allclose(summed, 2 * red(images, []) - green(images, []))
+    assert build_objective(find_row("dpo"), {"beta": 9.0}, paper=True).settings() == {
+        **build_objective(find_row("dpo"), paper=True).settings(), "beta": 9.0}  # fmt: skip
+    assert setting("beta=5e2") == ("beta", 500.0)
+    assert setting("window=(0,2)") == ("window", (0, 2))
+    assert setting("form=hinge") == ("form", "hinge")
+    for arguments, said in (
+        (("dpo", {"bta": 1}), "beta"),
+        (("dcpo", {"objective.bta": 1}), "beta"),
+        (("dpo", {"beta.x": 1}), "beta has no settings"),
+        (("dpo", None, rewards), "takes no reward"),
+        (("d3po",), "learns from rewards"),
+        (("dpo", {"beta": -1.0}), "above 0"),
+    ):
+        name, *others = arguments
+        with pytest.raises(ValueError, match=said):
+            build_objective(find_row(name), *others)
+    with pytest.raises(ValueError, match="no published settings"):
+        build_objective(find_row("sft"), paper=True)
 
 
 def test_the_card_is_made_from_the_run(data, tmp_path):
@@ -144,7 +253,7 @@ def test_prompts_for_objectives_that_make_their_own_images(tmp_path):
 def test_the_command_leaves_a_lora_that_generate_takes(data, tiny_folder, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["train", "dpo", "--pipeline", str(tiny_folder), "--data", str(data), "--out", str(out), "--batch-size", "4", "--rank", "2",
-               "--beta", "100", "--lr", "1e-3"]  # fmt: skip
+               "--set", "beta=100", "--lr", "1e-3"]  # fmt: skip
     assert main([*command, "--steps", "1"]) == 0
     assert main([*command, "--steps", "2"]) == 1
     assert "resume" in capsys.readouterr().err
@@ -167,8 +276,14 @@ def test_a_run_that_diverges_ends_with_a_sentence(data, tiny_folder, tmp_path, c
 
 
 def test_what_is_amiss_is_named_before_anything_is_loaded(tmp_path, capsys):
-    assert main(["train", "dpo", "--data", str(tmp_path)]) == 1
-    assert "pairs.jsonl" in capsys.readouterr().err
+    assert main(["train", "dpo", "--data", str(tmp_path / "nothing")]) == 1
+    assert "diffalign pairs" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="rewards"):
+        diffalign.train("d3po", data=["a"], out=tmp_path / "out")
+    with pytest.raises(ValueError, match="evaluate_every"):
+        diffalign.train("dpo", data=tmp_path, out=tmp_path / "out", watch=["shapes-reward"])
+    with pytest.raises(ValueError, match="held_out_prompts"):
+        diffalign.train("dpo", data=tmp_path, out=tmp_path / "out", held_out_prompts=["a"])
     with pytest.raises(ValueError, match="dpo"):
         diffalign.train("dop", data=tmp_path, out=tmp_path / "out")
     with pytest.raises(ValueError, match="gamma"):

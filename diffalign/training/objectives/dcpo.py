@@ -51,6 +51,11 @@ class DCPO:
         """beta of the paper's tables; its script has 500, which its sweep finds better on HPSv2.1 and GenEval."""
         return cls(DPO(beta=5000.0, space="epsilon"))
 
+    @classmethod
+    def of_inpo(cls) -> DCPO:
+        """InPO's latents, each image's along its own caption. Not published."""
+        return cls(InPO())
+
     def settings(self) -> dict[str, Any]:
         return {"name": self.name, "objective": self.objective.settings()}
 
