@@ -29,6 +29,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--guidance-scale", type=options.scale, default=3.0, metavar="X", help="(default: %(default)s)")
     parser.add_argument("--flips", type=options.scale, default=0.1, metavar="X", help="share of wrong votes (default: %(default)s)")
     parser.add_argument("--votes", type=options.count, metavar="N", help="pairs altogether (default: all there are)")
+    captions_help = "two captions a pair, for dcpo: what each image shows; the prompt, perturbed for the loser; or both (default: seen)"
+    parser.add_argument("--captions", choices=("seen", "perturbed", "hybrid"), default="seen", help=captions_help)
+    parser.add_argument("--strength", choices=("weak", "medium", "strong"), default="medium", help="of that (default: %(default)s)")
     parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=options.count, default=64, metavar="N", help="images at once (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from diffalign.shapes.pairs import Annotator, Drawing, make_pairs
 
     drawing = Drawing(args.prompts, args.images, args.steps, args.guidance_scale, args.seed)
-    annotator = Annotator(args.flips, args.votes, seed=args.seed)
+    annotator = Annotator(args.flips, args.votes, captions=args.captions, strength=args.strength, seed=args.seed)
     pipe = load_pipeline(args.pipeline, device=args.device)
     if args.lora is not None:
         lora.load(pipe, args.lora)

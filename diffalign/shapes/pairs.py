@@ -22,7 +22,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,11 +33,13 @@ from diffalign.diffusion import DDIM
 from diffalign.files import appending, differing_settings, read_json, read_lines, whole_file, write_json, write_text
 from diffalign.sampling import rollout
 from diffalign.shapes.detector import judge_images
+from diffalign.shapes.perturb import STRENGTHS, perturbed
 from diffalign.shapes.scenes import Scene
 from diffalign.shapes.train.judged import annotator_rows, eight_bit
 from diffalign.shapes.train.rewards_captions import true_caption
 from diffalign.shapes.train.rewards_described import TRIES, Seen, look, may_be_said
 
+CAPTIONS = ("seen", "perturbed", "hybrid")
 IMAGES, PAIRS, VOTES, ABOUT = "images.jsonl", "pairs.jsonl", "votes.jsonl", "about.json"
 
 
@@ -73,14 +75,21 @@ class Annotator:
     """Pairs altogether, one of each prompt before a second of any; None: all there are."""
     pairs_per_prompt: int = 4
     """At most; no image is in two pairs."""
+    captions: Literal["seen", "perturbed", "hybrid"] = "seen"
+    """Of the two images (DCPO). seen: what each shows; perturbed: the prompt, the loser's perturbed; hybrid: seen, likewise."""
+    strength: Literal["weak", "medium", "strong"] = "medium"
+    """Of the perturbation (perturb.py)."""
     seed: int = 0
-    """Of the pairing and the mistakes."""
+    """Of the pairing, the mistakes and the perturbations."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.flips <= 0.5:
             raise ValueError(f"flips must lie in [0, 0.5], got {self.flips!r}")
         if (self.votes is not None and self.votes < 1) or self.pairs_per_prompt < 1:
             raise ValueError(f"votes and pairs_per_prompt must be at least 1, got {self.votes!r} and {self.pairs_per_prompt!r}")
+        if self.captions not in CAPTIONS or self.strength not in STRENGTHS:
+            raise ValueError(f"captions must be one of {', '.join(CAPTIONS)} and strength one of {', '.join(STRENGTHS)}; "
+                             f"got {self.captions!r} and {self.strength!r}")  # fmt: skip
 
 
 def make_pairs(
@@ -180,7 +189,7 @@ def exact_caption(things: Sequence[Seen], rng: np.random.Generator) -> str | Non
 
 def voted(records: Sequence[dict[str, Any]], annotator: Annotator) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(lines of pairs.jsonl, lines of votes.jsonl) for lines of images.jsonl."""
-    rng = np.random.default_rng([annotator.seed, 37])
+    rng, rng_of_captions = (np.random.default_rng([annotator.seed, purpose]) for purpose in (37, 41))
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault(record["image"].rpartition("-")[0], []).append(record)
@@ -189,10 +198,19 @@ def voted(records: Sequence[dict[str, Any]], annotator: Annotator) -> tuple[list
         right, wrong = ([group[i] for i in rng.permutation(len(group)) if group[i]["right"] == side] for side in (True, False))
         for turn, better, worse in zip(rounds, right, wrong, strict=False):
             winner, loser = (worse, better) if rng.random() < annotator.flips else (better, worse)
-            captions = {"winner_caption": winner["caption"], "loser_caption": loser["caption"]}
-            turn.append({"prompt": group[0]["prompt"], "winner": winner["image"], "loser": loser["image"],
-                         **{name: caption for name, caption in captions.items() if caption is not None}})  # fmt: skip
+            captions = two_captions(group[0]["prompt"], winner["caption"], loser["caption"], annotator, rng_of_captions)
+            turn.append({"prompt": group[0]["prompt"], "winner": winner["image"], "loser": loser["image"], **captions})
     mistaken = rng.random(len(records)) < annotator.flips
     votes = [{"prompt": record["prompt"], "image": record["image"], "good": record["right"] != bool(wrong)}
              for record, wrong in zip(records, mistaken, strict=True)]  # fmt: skip
     return [pair for turn in rounds for pair in turn][: annotator.votes], votes
+
+
+def two_captions(prompt: str, winner: str | None, loser: str | None, annotator: Annotator, rng: np.random.Generator) -> dict[str, str]:
+    """winner_caption and loser_caption of a pair, from what is seen in its images; without those that there are not."""
+    if annotator.captions == "perturbed":
+        winner, loser = prompt, prompt
+    if annotator.captions != "seen" and loser is not None:
+        loser = perturbed(loser, annotator.strength, rng)
+    captions = {"winner_caption": winner, "loser_caption": loser}
+    return {name: caption for name, caption in captions.items() if caption is not None}

@@ -11,9 +11,10 @@ import pytest
 from diffalign.cli import main
 from diffalign.shapes import prompts
 from diffalign.shapes.pairs import Annotator, exact_caption, voted
+from diffalign.shapes.perturb import STRENGTHS, body, perturbed, turned
 from diffalign.shapes.train.judged import reserved_bodies
 from diffalign.shapes.train.rewards_described import Seen
-from diffalign.shapes.train.rewards_scenes import split_carrier
+from diffalign.shapes.train.rewards_scenes import read_claim, split_carrier
 from diffalign.training.data import read_pairs
 from diffalign.training.votes import read_votes
 
@@ -67,6 +68,52 @@ def test_what_is_held_out_is_never_said():
     captions = {exact_caption(shown, rng) for _ in range(50)} - {None}
     assert any("two" in caption for caption in captions)
     assert not any(split_carrier(caption)[1] in reserved_bodies() for caption in captions)
+
+
+def test_a_claim_in_words_is_read_back():
+    for caption in ("a red star left of a blue ring", "an orange heart", "three green crosses", "two stars", "a circle and a ring"):
+        assert body(read_claim(caption)) == caption
+
+
+@pytest.mark.parametrize(
+    "caption", ["a photo of a red diamond above a blue heart", "a red ring", "two red circles", "a circle and a green ring"]
+)
+def test_perturbation_changes_as_much_as_it_says(caption):
+    rng = np.random.default_rng(0)
+    before = read_claim(caption)
+    as_said = {before} | ({turned(before)} if before.second else set())
+
+    def same(one, other):
+        return sum((one.count == other.count, one.first == other.first, one.second == other.second, one.relation == other.relation))
+
+    for strength in STRENGTHS:
+        for _ in range(20):
+            said = perturbed(caption, strength, rng)
+            assert split_carrier(said)[0] != split_carrier(caption)[0]
+            after = read_claim(said)
+            assert (after in as_said) == (strength == "weak")
+            nearest = max(same(after, each) for each in as_said)
+            assert nearest == 4 if strength == "weak" else nearest == 3 if strength == "medium" else nearest <= 3
+
+
+def test_captions_of_a_pair_are_of_the_kind_that_was_asked_for():
+    made = [
+        {**record, "prompt": "a red star", "caption": "a blue ring" if record["right"] else "a green cross"} for record in records(["10"])
+    ]
+
+    def captions(**how):
+        (pair,), _ = voted(made, Annotator(flips=0.0, **how))
+        return pair["winner_caption"], pair["loser_caption"]
+
+    assert captions() == ("a blue ring", "a green cross")
+    winner, loser = captions(captions="perturbed", strength="weak")
+    assert winner == "a red star"
+    assert loser.endswith(" a red star")
+    winner, loser = captions(captions="hybrid", strength="weak")
+    assert winner == "a blue ring"
+    assert loser.endswith(" a green cross")
+    with pytest.raises(ValueError, match="strength"):
+        Annotator(strength="huge")
 
 
 def test_the_command_resumes_and_other_images_are_refused(tiny_folder, tmp_path, capsys):
