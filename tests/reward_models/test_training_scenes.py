@@ -84,7 +84,7 @@ def test_the_truth_of_every_claim_in_every_scene_is_genevals():
     ours = worlds.holds(worlds.tabulate(scenes), torch.tensor([claim.encode() for claim in claims]))
     theirs = torch.tensor([[genevals(claim, scene) for claim in claims] for scene in scenes])
     repeated = torch.tensor([[c.count == 1 and sum(t.shape == c.first[0] for t in s.things) > 1 for c in claims] for s in scenes])
-    assert ours.float().mean() > 0.02
+    assert ours.float().mean() > 0.01
     assert repeated.float().mean() < 0.1
     assert torch.equal(ours[~repeated], theirs[~repeated])
     assert (ours | ~theirs).all()  # of several such things GenEval looks at one, so whatever it grants holds here too
