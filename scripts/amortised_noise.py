@@ -4,7 +4,7 @@
     python scripts/amortised_noise.py --out outputs/noise --split test --per-task 60
 
 Training is about a quarter of an hour on one free core. Beside the policy, from the same noises: doing nothing, best-of-N and ReNO at
---budget evaluations. `kept` is the policy's share of ReNO's gain in judge accuracy; `time` its time over that of a plain call, without any reward;
+--budget evaluations. `kept` is the policy's share of ReNO's gain in judge accuracy; `time` its time over a plain call's, without rewards;
 `diversity` the mean distance between shapes-clip features of images of one prompt, over that of doing nothing. The policy ships where
 its files lie in diffalign/shapes/weights/shapes-turbo-noise: noise_policy.json, noise_policy.safetensors, card.json and README.md.
 """
