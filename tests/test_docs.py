@@ -5,7 +5,6 @@ Commands are read by the real parser, and what is generated into the README is w
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import re
@@ -17,6 +16,8 @@ import pytest
 import torch
 
 from diffalign import cli
+from diffalign.cli import program
+from diffalign.cli.arguments import read
 from diffalign.methods import table
 from diffalign.pipelines.presets import FAMILIES, PRESETS
 from diffalign.types import NoiseProblem, RewardScores
@@ -62,13 +63,14 @@ class Parsed(BaseException):
 
 def parse(argv: list[str]) -> None:
     """Reads the arguments as the program would, and stops there. Fails with the program's own sentence where they are refused."""
-    original = argparse.ArgumentParser.parse_args
 
-    def stop(self, *args, **kwargs):
-        raise Parsed(original(self, *args, **kwargs))
+    def stop(args, argv):
+        if "row" in args:
+            read(args.row.takes, args)
+        raise Parsed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(program, "start", stop)
         with pytest.raises(Parsed):
             cli.main(argv)
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass
 from importlib import import_module
 from typing import Protocol
 
-from diffalign.benchmarks.table import BENCHMARKS
+from diffalign.benchmarks.table import BENCHMARKS, Row
 from diffalign.cli.commands import BenchList, Calibrate, Compare, Demo, Generate, RewardTable, Score, bench_defaults
 from diffalign.cli.values import searches_help
 
@@ -45,6 +45,12 @@ class Command:
         return getattr(import_module(f"diffalign.cli.{module}"), function)(options, command)
 
 
+def bench_command(row: Row) -> Command:
+    """A benchmark as a command."""
+    description = f"{row.summary} ({row.paper})"
+    return Command(words=("bench", row.name), summary=row.summary, description=description, takes=bench_defaults(row), target="bench:run")
+
+
 COMMANDS: tuple[Command, ...] = (
     Command(
         words=("generate",),
@@ -54,16 +60,7 @@ COMMANDS: tuple[Command, ...] = (
         target="generate:run",
         epilog=searches_help(),
     ),
-    *(
-        Command(
-            words=("bench", row.name),
-            summary=row.summary,
-            description=f"{row.summary} ({row.paper})",
-            takes=bench_defaults(row),
-            target="bench:run",
-        )
-        for row in BENCHMARKS.values()
-    ),
+    *(bench_command(row) for row in BENCHMARKS.values()),
     Command(
         words=("bench", "ls"),
         summary="list the benchmarks",

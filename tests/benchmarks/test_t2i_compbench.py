@@ -25,7 +25,7 @@ from diffalign.benchmarks.t2i_compbench.scorers import (
 from diffalign.benchmarks.t2i_compbench.spatial import Token
 from diffalign.benchmarks.t2i_compbench.three_in_one import Kinds
 from diffalign.evaluation.generation import Generated, generate_missing
-from diffalign.evaluation.judging import judged_rows
+from diffalign.evaluation.judging import judged_rows, rows_in_common
 from diffalign.evaluation.store import Shard, judged, score_missing
 from tests.benchmarks.tiny_clip import tiny_clip
 from tests.benchmarks.tiny_t2i import tiny_blip, tiny_dpt, tiny_owlv2
@@ -263,7 +263,8 @@ def test_missing_images_fail_unless_allowed(clone, tmp_path, scorers):
     items[1].image_path(tmp_path / "run").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"1 of 2 images .* not a whole image"):
         judged_rows(benchmark, tmp_path / "run")
-    assert len(judged_rows(T2ICompBench(clone, **arguments, allow_missing=True), tmp_path / "run")) == 1
+    rows, left_out = rows_in_common(benchmark, {"run": tmp_path / "run"}, allow_missing=True)
+    assert (len(rows["run"]), list(left_out)) == (1, [items[1].name])
 
 
 def test_the_protocol_names_the_lists_and_is_the_papers_only_where_all_is(clone, scorers):
