@@ -87,7 +87,7 @@ def train_noise(
         policy = NoisePolicy(PolicyShape(tuple(pipe.noise_shape(size)), text.shape[-1], form, patch, width, blocks)).to(pipe.device)
     learner = NoiseLearner(policy, pipe.noise_to_images)
     objective = AmortiseNoise(lambda images, texts: rewards(images, texts).total, clip=clip, pull=pull)
-    source = str(pipeline) if named else pipe.config.get("_name_or_path") or type(pipe).__name__
+    source = str(pipeline) if named else str(pipe.config.get("_name_or_path") or type(pipe).__name__)
     facts = {"prompts": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
     weights = dict(reward) if isinstance(reward, Mapping) else str(getattr(reward, "name", reward))
     trained = loop.train(
