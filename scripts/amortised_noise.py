@@ -58,8 +58,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     settings = LoopSettings(steps=args.steps, lr=args.lr, batch_size=args.batch_size, warmup=20, schedule="cosine", save_every=20)
     diffalign.train_noise(
-        training_prompts(), args.reward, pipeline=args.pipeline, out=args.out, form=args.form, pull=args.pull, settings=settings, resume=True,
-        command=shlex.join(["python", *sys.argv]),
+        training_prompts(), args.reward, pipeline=args.pipeline, out=args.out, form=args.form, pull=args.pull, settings=settings,
+        resume=True, command=shlex.join(["python", *sys.argv]),
     )  # fmt: skip
     reward = diffalign.load_reward(args.reward)
     methods = {"none": None, "amortised": diffalign.AmortisedNoise(args.out), "amortised, best of 8": None}
