@@ -10,7 +10,8 @@ which no method may see, compares outlines too, so what this shows is that a det
     m = sigmoid((|x - ground| - 0.2) / 0.05) on 32 x 32 cells;  o_p = overlap of m with the outline at place p over the union nearby
     r = sum over the two things of  tau log sum_p exp(o_p / tau) sigmoid((side_p - 0.3) / 0.08),    tau = 0.05
 
-For prompts without a relation it is constant, so nothing pulls them; the script checks that their images are the plain ones to the bit.
+For prompts without a relation it is constant, so nothing pulls them; the script says by how much their images differ from the plain ones
+(by the rounding of our loop beside the stock one, if it is right).
 Seconds are of the process, by one thread, so that a busy machine does not decide.
 """
 
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--split", default="validation", choices=["validation", "test"])
     parser.add_argument("--prompts", type=int, help="position prompts (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one image of every prompt for each")
-    parser.add_argument("--others", type=int, default=2, help="prompts of each other task whose images must not change")
+    parser.add_argument("--others", type=int, default=2, help="prompts of each other task whose images are looked at")
     parser.add_argument("--strength", type=float, nargs="+", default=[0.3])
     parser.add_argument("--every", type=int, nargs="+", default=[3])
     parser.add_argument("--batch-size", type=int, default=20)
@@ -122,7 +123,7 @@ def main() -> None:
                 results.append({"by": name, "strength": strength, "every": every, "accuracy": mean(after), "seconds": cost,
                                 "times": round(cost / plain, 3), "against plain": against})  # fmt: skip
                 print(results[-1], flush=True)
-    unchanged = others_unchanged(pipe, diffalign.Guide(arms["place"], budget=1, strength=args.strength[-1]), rows, args.others)
+    change = change_of_others(pipe, diffalign.Guide(arms["place"], budget=1, strength=args.strength[-1]), rows, args.others)
     facts = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -131,11 +132,11 @@ def main() -> None:
         "position prompts": len(position),
         "seeds": args.seeds,
         "plain": {"accuracy": mean(right), "seconds": plain},
-        "images of other tasks that changed": unchanged,
+        "largest change of a pixel in images of other tasks": change,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, {**facts, "guided": results})
-    print(facts["plain"], facts["images of other tasks that changed"])
+    print(facts["plain"], change)
 
 
 def mean(verdicts: Sequence[float]) -> float:
@@ -156,15 +157,14 @@ def images_of(pipe: Any, method: Any, items: Sequence[tuple[Mapping[str, Any], i
     return round(spent / len(items), 4), right
 
 
-def others_unchanged(pipe: Any, method: Any, rows: Sequence[Mapping[str, Any]], count: int) -> str:
-    """How many images of other tasks are not the plain ones to the bit, of how many."""
+def change_of_others(pipe: Any, method: Any, rows: Sequence[Mapping[str, Any]], count: int) -> float | None:
+    """By how much the guided images of `count` prompts of each other task differ from the plain ones, of 1; None where none were made."""
     tasks = dict.fromkeys(row["tag"] for row in rows if row["tag"] != "position")
     texts = [row["prompt"] for task in tasks for row in [row for row in rows if row["tag"] == task][:count]]
     if not texts:
-        return "not looked at"
+        return None
     before, after = (pipe(texts, seed=0, plugins=plugins, output_type="pt").images for plugins in ([], [method]))
-    changed = sum(not torch.equal(one, two) for one, two in zip(before, after, strict=True))
-    return f"{changed} of {len(texts)}"
+    return float((before - after).abs().max())
 
 
 if __name__ == "__main__":
