@@ -33,7 +33,6 @@ LEAST = dataclasses.replace(
     captioning=dataclasses.replace(plan.QUICK.captioning, batch=8, until=2),
     captioner_scenes=20,
     rounds=rewards_captioner_tune.TuneConfig(
-        turbo_prompts=2,
         fresh_prompts=(2,),
         base_prompts=2,
         base_steps=2,
@@ -82,8 +81,8 @@ def test_a_rehearsal_from_empty_folders_ends_with_folders_that_load(rehearsed):
         assert diffalign.load_pipeline(str(job.weights / name))("a star", seed=0, num_inference_steps=1).images
     images = torch.rand(2, 3, 64, 64)
     for name in REWARDS:
-        reward = diffalign.load_reward(name, source=str(job.weights / name))
-        assert torch.isfinite(reward.score(images, ["a star", "two red rings"])).all()
+        reward = diffalign.load_reward(name, sources={name: job.weights / name}, device="cpu")
+        assert torch.isfinite(reward(images, ["a star", "two red rings"]).total).all()
 
 
 @pytest.mark.slow

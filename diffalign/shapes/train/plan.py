@@ -93,7 +93,7 @@ QUICK = Plan(
     captioner_scenes=400,
     reward=shortened(rewards_captioner_tune.CONFIG, 20),
     rounds=rewards_captioner_tune.TuneConfig(
-        turbo_prompts=32, fresh_prompts=(16,), base_prompts=16, rounds=2, first_steps=20, climbed_prompts=8, scenes=200, mixed=False
+        base_prompts=16, first_steps=20, rounds=2, fresh_prompts=(32,), climbed_prompts=8, scenes=200, mixed=False
     ),
     watch=shortened(rewards_watch.CONFIG, 120),
     watching=rewards_watch.WatchConfig(scenes=400),

@@ -9,7 +9,7 @@ end token (what is said, not that no more is),
              (`rewards_described.py`, as often wrong),
 
 a Bradley-Terry model (as in ImageReward, Xu et al., arXiv 2304.05977) whose scores stay likelihoods. It goes in rounds: the first learns
-from plain images of both generators, each later one also from climbs of what the round before had learnt.
+from images of `shapes`, each later one also from one-step images and from climbs of what the round before had learnt.
 """
 
 from __future__ import annotations
@@ -46,21 +46,20 @@ CONFIG = loop.LoopConfig(steps=900, lr=4e-4, seed=32, warmup=20, ema_decay=0.99,
 class TuneConfig:
     """How much is drawn, and what a step looks at."""
 
-    turbo_prompts: int = 1600  # GROUP one-step images each, in the first round
-    fresh_prompts: tuple[int, ...] = (3000, 0)  # GROUP further one-step images each, added in each later round
-    base_prompts: int = 192  # GROUP images of `shapes` each
+    base_prompts: int = 800  # GROUP images of `shapes` each, all that the first round sees
     base_steps: int = 8  # DDIM steps of these
     base_guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 6.0)  # shared among a prompt's images
-    rounds: int = 3  # the first on plain images, each later one also on climbs
-    first_steps: int = 400  # of the first round, which has fewer images; the later ones take the loop's own number
-    shift: int = 5  # pixels; the later rounds see generated images moved by up to as much, and mirrored where no word speaks of sides
+    first_steps: int = 900  # of the first round; the later ones take the loop's own number
+    rounds: int = 3  # all later ones also see one-step images, and climbs of what the round before had learnt
+    fresh_prompts: tuple[int, ...] = (2400, 0)  # GROUP one-step images each, added in each later round
+    guided: float = 0.25  # share of a later round's plain images that are of `shapes`
+    shift: int = 5  # pixels; generated images are moved by up to as much, and mirrored where no word speaks of sides
     climbed_prompts: int = 256  # GROUP stations each, for each later round
     climbs: float = 0.3  # share of a later round's prompts that are climbs
     prompts: int = 8  # of a step
     votes: float = 1.0  # weight of the preference term
     described: float = 0.1  # weight of the annotator's captions of generated images, in nats a caption
     regions: float = 0.5  # weight of the regions it marks, asked of the image's tokens by a linear head that is dropped afterwards
-    regions_from: int = 2  # round in which that begins (the first two of the shipped reward were trained before it was thought of)
     captions: CaptioningConfig = field(default_factory=lambda: CaptioningConfig(batch=32))  # of the terms of the first part
     scenes: int = 6_000  # drawn for these
     mixed: bool = True  # leave out prompts whose images are all right or all wrong, of which no vote is cast; a rehearsal keeps them
@@ -234,9 +233,36 @@ def final_reward(model: Captioner, tokenizer: CLIPTokenizer) -> Callable[[Tensor
     return reward
 
 
+def train_first_round(
+    run: Path,
+    model: Captioner,
+    tokenizer: CLIPTokenizer,
+    base: StableDiffusionPipeline,
+    config: loop.LoopConfig = CONFIG,
+    settings: TuneConfig = TuneConfig(),
+    device: str = "cpu",
+) -> tuple[Captioner, nn.Linear]:
+    """Tune (or resume) the captioner on images of `shapes` alone; returns it and the head that is asked for regions, both averaged.
+
+    run: holds the images (reward_images/) and one training state a round.
+    """
+    images = _images_of_base(run, base, config, settings)
+    state = run / "reward_round0.safetensors"
+    if state.is_file() and loop.progress(state)[0] >= settings.first_steps:
+        sources: list[tuple[float, Ballots]] = []
+    else:
+        sources = [(1.0, ballots(images, tokenizer, config.seed, settings.mixed))]
+    torch.manual_seed(config.seed)
+    head = nn.Linear(model.config.width, KINDS + HUES).to(device)
+    settled = dataclasses.replace(config, steps=settings.first_steps)
+    _train_round(run, 0, model, head, tokenizer, sources, base, settled, settings, device)
+    return model.eval(), head
+
+
 def train_rounds(
     run: Path,
     model: Captioner,
+    head: nn.Linear,
     tokenizer: CLIPTokenizer,
     turbo: StableDiffusionPipeline,
     base: StableDiffusionPipeline,
@@ -244,54 +270,59 @@ def train_rounds(
     settings: TuneConfig = TuneConfig(),
     climb: ClimbConfig = CLIMB,
     device: str = "cpu",
-) -> tuple[Captioner, float]:
-    """Tune (or resume) the captioner in settings.rounds rounds; returns it with averaged weights, and the seconds of all rounds.
+) -> Captioner:
+    """The later rounds, with one-step images and climbs, for what `train_first_round` left; returns the captioner with averaged weights.
 
-    run: holds the images (reward_images/) and one training state a round. Each round starts from the averaged weights of the last.
+    Each round starts from the averaged weights of the last. Raises ValueError where too few numbers of fresh prompts are named.
     """
     if len(settings.fresh_prompts) < settings.rounds - 1:
         raise ValueError(f"fresh_prompts must name a number for each of {settings.rounds - 1} later rounds; got {settings.fresh_prompts}")
     folder = run / "reward_images"
-    rows = made.annotator_rows(settings.turbo_prompts + settings.base_prompts, config.seed)
     plain = made.from_pipeline(turbo, 1, (0.0,))
-    guided = made.from_pipeline(base, settings.base_steps, settings.base_guidances)
-    one_step, few_steps = rows[: settings.turbo_prompts], rows[settings.turbo_prompts :]
-    turbo_images = made.make_judged(folder / "turbo", one_step, GROUP, plain, config.seed, "one-step images")
-    base_images = made.make_judged(folder / "base", few_steps, GROUP, guided, config.seed + 1, "images of shapes")
-    sources = [
-        (0.75, ballots(turbo_images, tokenizer, config.seed, settings.mixed)),
-        (0.25, ballots(base_images, tokenizer, config.seed, settings.mixed)),
-    ]
-    pool = captions.draw_pool(settings.scenes, config.seed, tokenizer)
-    pool.images[::2] = autoencoded(pool.images[::2], turbo.vae, config.seed)
+    guided_images = _images_of_base(run, base, config, settings)
+    sources = [(settings.guided, ballots(guided_images, tokenizer, config.seed, settings.mixed))]
     climbed: list[Judged] = []
-    head: nn.Linear | None = None
-    seconds = 0.0
-    for k in range(settings.rounds):
+    for k in range(1, settings.rounds):
         own = config.seed + 100 * k
-        if k:
-            if count := settings.fresh_prompts[k - 1]:
-                fresh = made.annotator_rows(count, own + 50)
-                images = made.make_judged(folder / f"fresh{k}", fresh, GROUP, plain, own + 50, f"one-step images for round {k}")
-                sources.append((count / settings.turbo_prompts, ballots(images, tokenizer, own + 50, settings.mixed)))
-            maker = climber(turbo, reward_of(model.eval().requires_grad_(False), tokenizer, climb.bfloat16), climb)
-            more = made.annotator_rows(settings.climbed_prompts, own)
-            climbed.append(made.make_judged(folder / f"climbed{k}", more, GROUP, maker, own, f"climbs for round {k}"))
-        plain_share = (1 - settings.climbs if k else 1.0) / sum(share for share, _ in sources)
+        if count := settings.fresh_prompts[k - 1]:
+            fresh = made.annotator_rows(count, own + 50)
+            images = made.make_judged(folder / f"fresh{k}", fresh, GROUP, plain, own + 50, f"one-step images for round {k}")
+            sources.append((1 - settings.guided, ballots(images, tokenizer, own + 50, settings.mixed)))
+        maker = climber(turbo, reward_of(model.eval().requires_grad_(False), tokenizer, climb.bfloat16), climb)
+        more = made.annotator_rows(settings.climbed_prompts, own)
+        climbed.append(made.make_judged(folder / f"climbed{k}", more, GROUP, maker, own, f"climbs for round {k}"))
+        plain_share = (1 - settings.climbs) / sum(share for share, _ in sources)
         current = [(share * plain_share, b) for share, b in sources]
-        if k:
-            current.append((settings.climbs, ballots(made.joined(climbed), tokenizer, config.seed + 1, settings.mixed)))
-        model.requires_grad_(True)
-        torch.manual_seed(config.seed + k)
-        steps = config.steps if k else min(settings.first_steps, config.steps)
-        settled = dataclasses.replace(config, steps=steps, seed=config.seed + k)
-        modules: dict[str, nn.Module] = {"captioner": model}
-        if k >= settings.regions_from:
-            head = head or nn.Linear(model.config.width, KINDS + HUES).to(device)
-            modules["regions"] = head
-        trainee = loop.Trainee(modules, settled, run / f"reward_round{k}.safetensors")
-        loss_of = tuning_loss(model, current, pool, tokenizer, settings, device, shift=settings.shift if k else 0, head=head)
+        current.append((settings.climbs, ballots(made.joined(climbed), tokenizer, config.seed + 1, settings.mixed)))
+        settled = dataclasses.replace(config, seed=config.seed + k)
+        _train_round(run, k, model, head, tokenizer, current, turbo, settled, settings, device)
+    return model.eval()
+
+
+def _images_of_base(run: Path, base: StableDiffusionPipeline, config: loop.LoopConfig, settings: TuneConfig) -> Judged:
+    guided = made.from_pipeline(base, settings.base_steps, settings.base_guidances)
+    rows = made.annotator_rows(settings.base_prompts, config.seed)
+    return made.make_judged(run / "reward_images" / "base", rows, GROUP, guided, config.seed + 1, "images of shapes")
+
+
+def _train_round(
+    run: Path,
+    k: int,
+    model: Captioner,
+    head: nn.Linear,
+    tokenizer: CLIPTokenizer,
+    sources: list[tuple[float, Ballots]],
+    pipeline: StableDiffusionPipeline,
+    config: loop.LoopConfig,
+    settings: TuneConfig,
+    device: str,
+) -> None:
+    """One round: trained, resumed, or read where it was finished; then the averaged weights are in the model and the head."""
+    model.requires_grad_(True)
+    trainee = loop.Trainee({"captioner": model, "regions": head}, config, run / f"reward_round{k}.safetensors")
+    if trainee.step < config.steps:
+        pool = captions.draw_pool(settings.scenes, config.seed, tokenizer)
+        pool.images[::2] = autoencoded(pool.images[::2], pipeline.vae, config.seed)
+        loss_of = tuning_loss(model, sources, pool, tokenizer, settings, device, shift=settings.shift, head=head)
         loop.train(trainee, loss_of, f"shapes-reward, round {k}")
-        trainee.use_average()
-        seconds += trainee.seconds
-    return model.eval(), seconds
+    trainee.use_average()

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+from transformers import CLIPTokenizer
+
+from diffalign.reward_models.shapes_captioner import Captioner
 from diffalign.shapes import prompts
 from diffalign.shapes.train import (
     autoencoder,
@@ -180,12 +184,25 @@ def train_captioner(job: Job) -> None:
     rewards_captioner.train_captioner(job.run, tokenizer, vae, plan.captioner, plan.captioning, plan.captioner_scenes, job.device)
 
 
+def train_first_round(job: Job) -> None:
+    _tuned_once(job)
+
+
 def train_reward(job: Job) -> None:
-    _, tokenizer = export.shipped_parts(job.weights / "shapes")
-    model = rewards_captioner.train_captioner(job.run, tokenizer, None, job.plan.captioner, device=job.device, finished=True)
+    model, head, tokenizer = _tuned_once(job)
     drawers = (export.load_pipeline(job.weights / name, job.device) for name in ("shapes-turbo", "shapes"))
-    model, _ = rewards_captioner_tune.train_rounds(job.run, model, tokenizer, *drawers, job.plan.reward, job.plan.rounds, device=job.device)
+    plan = job.plan
+    model = rewards_captioner_tune.train_rounds(job.run, model, head, tokenizer, *drawers, plan.reward, plan.rounds, device=job.device)
     rewards_captioner.save_reward(job.weights / "shapes-reward", model, tokenizer)
+
+
+def _tuned_once(job: Job) -> tuple[Captioner, nn.Linear, CLIPTokenizer]:
+    """The captioner and its head after the first round, which is trained where it is not yet; and the tokenizer."""
+    base = export.load_pipeline(job.weights / "shapes", job.device)
+    plan = job.plan
+    model = rewards_captioner.train_captioner(job.run, base.tokenizer, None, plan.captioner, device=job.device, finished=True)
+    tuned = rewards_captioner_tune.train_first_round(job.run, model, base.tokenizer, base, plan.reward, plan.rounds, device=job.device)
+    return *tuned, base.tokenizer
 
 
 def judge_reward(job: Job) -> None:
@@ -224,6 +241,7 @@ STAGES: dict[str, Callable[[Job], None]] = {
     "shapes-preference": train_preference,
     "shapes-aesthetic": train_aesthetic,
     "captioner": train_captioner,
+    "first-round": train_first_round,
     "shapes-reward": train_reward,
     "judge-shapes-reward": judge_reward,
     "shapes-watch": train_watch,
