@@ -258,6 +258,26 @@ class Calibrate:
 
 
 @dataclass(frozen=True)
+class CaptionPairs:
+    """`diffalign caption`"""
+
+    data: Path = option(MISSING, "holds pairs.jsonl; captioned.jsonl is written beside it", parse=Path, metavar="FOLDER")
+    captioner: str = option("shapes", "shapes: what the detector sees; else a vision-language model of transformers, Hub id or folder")
+    strategy: str = option(
+        "seen", "seen: what each shows; perturbed: the prompt, said otherwise for the loser; hybrid: seen, said otherwise for the loser",
+        choices=("seen", "perturbed", "hybrid"),
+    )  # fmt: skip
+    strength: str = option("medium", "how far from what it was is said otherwise", choices=("weak", "medium", "strong"))
+    score: str | None = option(None, "a reward that says how well captions fit their images", parse=values.reward_name, metavar="NAME")
+    batch_size: int = option(8, "images at once; speed and memory only", parse=values.count, metavar="N")
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps ... (default: the best there is)")
+
+    def check(self) -> None:
+        if not self.data.is_dir():
+            raise ValueError(f"the folder {self.data} does not exist")
+
+
+@dataclass(frozen=True)
 class RewardTable:
     """`diffalign rewards`"""
 

@@ -22,7 +22,7 @@ def from_file(defaults: object, file: Path) -> dict[str, object]:
     known = {each.name: each for each in options_of(type(defaults), instance=defaults)}
     formerly = {old: each for each in known.values() for old in each.option.formerly}
     values: dict[str, object] = {}
-    for key, value in _mapping(file).items():
+    for key, value in mapping(file).items():
         name = str(key).replace("-", "_")
         if name == "config":
             raise ValueError(f"{file}: a config cannot name another config")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from diffalign.shapes import prompts as shapes_world
 
 
 def collect(given: Sequence[str], file: Path | None) -> list[str]:
@@ -52,9 +49,3 @@ def read(file: Path) -> list[str]:
             raise ValueError(f'{file} line {number}: "prompt" must be text that is not blank; got {prompt!r}')
         prompts.append(prompt)
     return prompts
-
-
-def of_shapes(split: str) -> list[str]:
-    """The world's prompts of a split, shuffled: it is sorted by task, and the first few should hold all."""
-    ordered = shapes_world.prompts(split)
-    return random.Random(0).sample(ordered, len(ordered))

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Protocol
 
 from diffalign.benchmarks.table import BENCHMARKS, Row
-from diffalign.cli.commands import BenchList, Calibrate, Compare, Demo, Generate, RewardTable, Score, bench_defaults
+from diffalign.cli.commands import BenchList, Calibrate, CaptionPairs, Compare, Demo, Generate, RewardTable, Score, bench_defaults
 from diffalign.cli.values import searches_help
 
 
@@ -95,6 +95,13 @@ COMMANDS: tuple[Command, ...] = (
         description="Generates images with a pipeline, scores them with each reward, and writes mean, spread and quantiles.",
         takes=Calibrate(reward=MISSING),
         target="calibrate:run",
+    ),
+    Command(
+        words=("caption",),
+        summary="give each image of preference pairs a caption of its own",
+        description="Writes two captions for each pair of images, for `diffalign train dcpo --data FOLDER/captioned.jsonl`. Resumable.",
+        takes=CaptionPairs(data=MISSING),
+        target="caption:run",
     ),
     Command(
         words=("demo",),

@@ -5,7 +5,7 @@ Source: Hu et al., "ELLA" (arXiv 2403.05135). Per image, in the order of the que
 the mean over items.
 
 Published category scores take the answers before that reduction, of the **last** image only, and drop the first row of the questions
-file; the last two are slips of the original code. `published=True` repeats them, the default does not.
+file; the last two are slips of the original code, which are not repeated here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -31,19 +30,17 @@ class Questions:
     category: Mapping[int, str]
 
 
-def read_questions(path: Path, published: bool = False) -> dict[str, Questions]:
-    """Item id -> questions, from dpg_bench.csv. Raises ValueError for a missing column, an unknown parent, no number where one belongs."""
-    return parse_questions(path.read_text(encoding="utf-8"), str(path), published)
+def parse_questions(text: str, path: str) -> dict[str, Questions]:
+    """Item id -> questions, from the text of dpg_bench.csv; `path` is named in errors.
 
-
-def parse_questions(text: str, path: str, published: bool = False) -> dict[str, Questions]:
-    """The same from the file's text; `path` is named in errors."""
+    Raises ValueError for a missing column, an unknown parent, no number where one belongs.
+    """
     reader = csv.DictReader(io.StringIO(text, newline=""))
     needed = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
     missing = needed - set(reader.fieldnames or ())
     if missing:
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; is it dpg_bench.csv?")
-    rows = list(reader)[1 if published else 0 :]
+    rows = list(reader)
     items: dict[str, Questions] = {}
     for row in rows:
         questions = items.setdefault(row["item_id"], Questions({}, {}, {}))
@@ -54,9 +51,8 @@ def parse_questions(text: str, path: str, published: bool = False) -> dict[str, 
             raise ValueError(f"{path}: proposition_id and dependency of {row['item_id']} must be numbers ({error})") from error
         questions.text[number] = row["question_natural_language"]
         questions.category[number] = row["tuple"].split("(")[0].strip()
-    if not published:  # there the first item has lost its first question, which others depend on
-        for item, questions in items.items():
-            _check_parents(path, item, questions)
+    for item, questions in items.items():
+        _check_parents(path, item, questions)
     return items
 
 
@@ -79,19 +75,11 @@ def raw_scores(answers: Mapping[int, str]) -> dict[int, float]:
     return {question: float(answer == "yes") for question, answer in answers.items()}
 
 
-def item_score(parents: Mapping[int, Sequence[int]], images: Sequence[Mapping[int, str]]) -> float:
-    """The mean over a prompt's images."""
-    scores = [image_score(parents, answers) for answers in images]
-    return sum(scores) / len(scores)
-
-
-def category_scores(
-    questions: Mapping[str, Questions], answers: Mapping[str, Sequence[Mapping[int, str]]], published: bool = False
-) -> dict[str, float]:
+def category_scores(questions: Mapping[str, Questions], answers: Mapping[str, Sequence[Mapping[int, str]]]) -> dict[str, float]:
     """Category -> 100 x the mean of the raw scores; the broad categories ("attribute") come before the detailed ("attribute - color")."""
     values: dict[str, list[float]] = {}
     for item, images in answers.items():
-        for image in images[-1:] if published else images:
+        for image in images:
             for question, value in raw_scores(image).items():
                 category = questions[item].category[question]
                 values.setdefault(category, []).append(value)

@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 POINTS, LEVELS = 4, 3  # of the deformable attention, the same in all Mask2Formers
-NORM_GROUPS = 32
 SWIN = "model.pixel_level_module.encoder."
 PIXEL = "model.pixel_level_module.decoder."
 QUERY = "model.transformer_module."

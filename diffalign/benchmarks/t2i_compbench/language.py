@@ -94,17 +94,6 @@ def annotate(prompts: Sequence[str], model: str = SPACY_MODEL) -> Annotations:
     return Annotations(f"{model} {language.meta['version']}", found)
 
 
-def from_templates(prompts: Sequence[str]) -> Annotations:
-    """Phrases of prompts of the form "a green bench and a blue bowl", without spaCy. Raises ValueError for any other prompt."""
-    found = {}
-    for prompt in prompts:
-        parts = re.split(r" and (?=an? )", prompt.strip())
-        if not all(re.fullmatch(r"an? [\w -]+", part) for part in parts) or any(" and " in part for part in parts):
-            raise ValueError(f'only prompts like "a green bench and a blue bowl" can do without spaCy; got {prompt!r}')
-        found[prompt] = Grammar(tuple(parts))
-    return Annotations("templates", found)
-
-
 def questions(phrases: Sequence[str]) -> list[str]:
     """What BLIP is asked: "a red cup?" for each phrase that may be a thing, at most eight."""
     things = [phrase for phrase in phrases if phrase not in NOT_THINGS][:MOST_PHRASES]

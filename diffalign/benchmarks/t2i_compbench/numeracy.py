@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from diffalign.benchmarks.t2i_compbench.detections import PEOPLE, Labelled
 from diffalign.rules import Box
@@ -28,11 +27,6 @@ class Vocabulary:
 
     singulars: tuple[str, ...]
     plurals: tuple[str, ...]
-
-    @classmethod
-    def read(cls, path: Path) -> Vocabulary:
-        """Upstream's new_objects.txt."""
-        return cls.of(path.read_text(encoding="utf-8").splitlines(), str(path))
 
     @classmethod
     def of(cls, lines: Sequence[str], source: str = "new_objects.txt") -> Vocabulary:

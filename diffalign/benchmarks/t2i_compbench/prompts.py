@@ -8,13 +8,13 @@ colour score published before used the older list.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from diffalign.benchmarks.sources import read_source, version_of
+from diffalign.benchmarks.t2i_compbench.options import SPLITS
 
 UPSTREAM = "https://github.com/Karine-Huang/T2I-CompBench"
 IMAGES_PER_PROMPT = 10  # the paper's protocol, on the 300 prompts of the val split
-SPLITS = ("val", "val_seen", "val_unseen", "train")
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,3 @@ def read_lines(source: str | Path, file: str) -> list[str]:
 def file_name(prompt: str, number: int) -> str:
     """ "PROMPT_000012.png": `number` runs over all images of the category, prompt by prompt."""
     return f"{prompt}_{number:06d}.png"
-
-
-def parse_name(name: str) -> tuple[str, int]:
-    """The prompt and the number in a file name. Raises ValueError where it has none."""
-    stem = PurePosixPath(name).stem
-    prompt, _, number = stem.partition("_")
-    number = number.rpartition("_")[2]
-    if not prompt or not number.isdigit():
-        raise ValueError(f"an image of T2I-CompBench is named PROMPT_000012.png; got {name!r}")
-    return prompt, int(number)
