@@ -24,7 +24,7 @@ from diffalign.types import NoiseProblem, RewardScores
 from tests.places import ROOT, WEIGHTS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PLACEHOLDERS = {"NAME=WEIGHT": "brightness=1", "$n": "4"}
+PLACEHOLDERS = {"NAME=WEIGHT": "brightness=1", "$n": "4", "colours": "shapes"}  # the last: of docs/adding_a_benchmark.md
 NOT_REGISTERED = "--method best-of-n neighbours"  # the example of docs/adding_a_method.md, whose row the reader adds
 
 

@@ -52,7 +52,7 @@ PLANTED = [
     ("diffalign/benchmarks/geneval/detector_reward.py", "diffalign.shapes.detector"),  # a reward from the judge
     ("diffalign/training/contract.py", "diffalign.pipelines.presets"),  # more than a protocol
     ("diffalign/hub.py", "diffalign.app"),
-    ("diffalign/cli/bench.py", "gradio"),
+    ("diffalign/evaluation/store.py", "gradio"),
 ]
 
 

@@ -11,7 +11,7 @@ HEAD = """# All options
 Made from the classes that the command line, YAML files and Python share, by `python -m diffalign.cli.options_page > docs/options.md`; a
 test says where it is not current. Every command also takes `--config FILE.yaml`, a file of the names below with `_` or `-` in them, which
 what is typed overrides; `--no-NAME` takes back a flag of such a file. *Advanced* ones are shown by `--help-advanced` alone.
-`diffalign train` and `pairs` explain themselves: `diffalign train --help`.
+`diffalign train` and `diffalign pairs` explain themselves with `--help`.
 """
 
 
