@@ -18,6 +18,7 @@ made anew by every call, so other flips cost nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -185,6 +186,13 @@ def exact_caption(things: Sequence[Seen], rng: np.random.Generator) -> str | Non
         if may_be_said(caption):
             return caption
     return None
+
+
+def describe(images: Sequence[Path], prompts: Sequence[str]) -> list[str]:
+    """A short caption of each image file, always the same; its prompt where nothing is seen, or nothing that training may learn."""
+    pixels = [np.asarray(Image.open(image).convert("RGB")) for image in images]
+    seeds = [np.frombuffer(hashlib.sha256(each.tobytes()).digest(), np.uint32) for each in pixels]
+    return [_seen(each, np.random.default_rng(seed)) or prompt for each, seed, prompt in zip(pixels, seeds, prompts, strict=True)]
 
 
 def voted(records: Sequence[dict[str, Any]], annotator: Annotator) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
