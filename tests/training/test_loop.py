@@ -186,6 +186,17 @@ def test_gradients_are_clipped_and_their_norm_is_logged_as_it_was(tmp_path):
     assert math.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters.values())) == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_the_weights_stay_within_their_budget(tmp_path):
+    free, _ = run(tmp_path / "free", replace(SETTINGS, weight_budget=1e6))
+    far = float(free.weight_distance().detach().sqrt())
+    bound, _ = run(tmp_path / "bound", replace(SETTINGS, weight_budget=far / 3))
+    assert float(bound.weight_distance().detach().sqrt()) == pytest.approx(far / 3, rel=1e-4)
+    assert same(free.weights(), run(tmp_path / "none")[0].weights())
+    logged = [line["weight_distance"] for line in metrics(tmp_path / "free")]
+    assert len(logged) == 8
+    assert logged[-1] == pytest.approx(far)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_path):
     class Broken(SFT):
         def loss(self, policy, reference, batch, generator):
