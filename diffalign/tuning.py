@@ -209,7 +209,8 @@ def _evaluate(
         if not prompts:
             raise ValueError("watch needs held_out_prompts=, prompts that are not learned from; give some")
         steps, scale = _sampling(objective, pipe)
-        return Watch(prompts, rewards.watched, rewards.scores, steps, scale, pipe.default_size(), settings.seed).evaluator()
+        at_once = settings.micro_batch or settings.batch_size
+        return Watch(prompts, rewards.watched, rewards.scores, steps, scale, pipe.default_size(), settings.seed, at_once).evaluator()
     if source.held_out is None:
         raise ValueError("evaluate_every needs watch=, rewards to judge by, held_out pairs, or evaluate=, a function; give one of them")
     return held_out_loss(objective, source.held_out, settings.micro_batch or settings.batch_size, settings.seed)
