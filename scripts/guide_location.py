@@ -34,7 +34,7 @@ from torch import Tensor
 
 import diffalign
 from diffalign.evaluation import machine
-from diffalign.files import write_json
+from diffalign.files import packaged_path, read_json, write_json
 from diffalign.reports.statistics import paired_difference
 from diffalign.shapes import prompts, scenes
 from diffalign.shapes.detector import judge_images
@@ -128,6 +128,7 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **machine.machine(pipe.device),
+        "model made": read_json(packaged_path("package:shapes/weights/shapes") / "card.json")["date"],
         "split": args.split,
         "position prompts": len(position),
         "seeds": args.seeds,

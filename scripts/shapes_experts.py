@@ -23,7 +23,7 @@ import numpy as np
 
 import diffalign
 from diffalign.evaluation import machine
-from diffalign.files import read_json, write_json
+from diffalign.files import packaged_path, read_json, write_json
 from diffalign.methods.experts_fit import ExpertSettings, train_experts
 from diffalign.reports.statistics import paired_difference
 from diffalign.shapes import prompts
@@ -56,6 +56,7 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **machine.machine(pipe.device),
+        "model made": read_json(packaged_path("package:shapes/weights/shapes") / "card.json")["date"],
         "training prompts": len(texts),
         "seconds of training": seconds,
         "ranges": read_json(args.experts / "report.json")["ranges"],
