@@ -49,6 +49,10 @@ class Found:
     default: object
 
 
+class Needed(ValueError):
+    """An option that must be given was not."""
+
+
 def option(
     default: T,
     help: str,
@@ -86,7 +90,7 @@ def options_of(cls: type, title: str = "options", instance: object = None) -> It
 def assemble(cls: type[T], values: dict[str, object], instance: object = None) -> T:
     """An instance of a class from option name -> value; what is absent has its default.
 
-    Raises ValueError naming what is needed and absent.
+    Raises Needed naming what is absent and has no default.
     """
     made: dict[str, object] = {}
     lacking = []
@@ -101,7 +105,7 @@ def assemble(cls: type[T], values: dict[str, object], instance: object = None) -
         else:
             made[each.name] = default
     if lacking:
-        raise ValueError(f"{' and '.join(lacking)} must be given")
+        raise Needed(f"the following arguments are required: {', '.join(lacking)}")
     return cls(**made)
 
 

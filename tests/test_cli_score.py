@@ -275,6 +275,7 @@ def test_few_images_wait_for_others_of_their_size(monkeypatch):
         (["{tmp}/images", "--prompts", "{tmp}/p.csv"], "p.csv does not exist"),
         (["{tmp}/images", "--prompts", "{tmp}/images/a.txt"], "must be .csv, .tsv, .json or .jsonl"),
         (["{tmp}/images", "--prompt", " "], "--prompt is empty"),
+        (["{tmp}/images", "--prompt", "a", "--prompts", "b.csv"], "give one of them"),
         (["{tmp}/images", "--source", "brightness=here"], "brightness, which has no weights"),
         (["{tmp}/images", "--source", "shapes-clip=here"], "not among the rewards to score (brightness)"),
         (["{tmp}/images", "--reward", "shapes-clip", "--source", "shapes-clip:head=x"], "has no part 'head'; its parts are model"),
@@ -303,7 +304,6 @@ def test_mistakes_are_one_sentence(folder, tmp_path, capsys, monkeypatch, argume
         (["--reward", "brightness", "/"], "/ is a folder; it comes first"),
         (["x", "--reward", "brightness", "--source", "brightness"], "must be NAME=PLACE"),
         (["x", "--reward", "brightness", "--batch-size", "0"], "at least 1"),
-        (["x", "--reward", "brightness", "--prompt", "a", "--prompts", "b.csv"], "not allowed with argument"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

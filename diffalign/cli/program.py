@@ -20,7 +20,7 @@ from diffalign.cli.table import COMMANDS, GROUPS, Checked, Command
 from diffalign.cli.values import searches_help
 from diffalign.commands import config, pairs, train
 from diffalign.files import remove_empty
-from diffalign.options import options_of
+from diffalign.options import Needed, options_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +52,10 @@ def start(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if "row" not in args:  # `diffalign train` and `pairs` read their own arguments
         args.argv = list(argv)
         return args.run(args)
-    options = read(args.row.takes, args)
+    try:
+        options = read(args.row.takes, args)
+    except Needed as lacking:
+        args.parser.error(str(lacking))
     options.check()
     return args.row.run(options, shlex.join(["diffalign", *argv]))
 

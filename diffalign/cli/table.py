@@ -6,6 +6,7 @@ That is why --help and a mistyped name answer at once, and why no function of th
 
 from __future__ import annotations
 
+import sys
 from dataclasses import MISSING, dataclass
 from importlib import import_module
 from typing import Protocol
@@ -39,16 +40,22 @@ class Command:
     """"module:function" from settings and the typed command to an exit code, the module inside diffalign.cli."""
     epilog: str = ""
     """Under its options."""
+    heavy: bool = False
+    """Whether torch and diffusers are behind it: a terminal is told before the seconds that they take to import."""
 
     def run(self, options: Checked, command: str) -> int:
         module, _, function = self.target.partition(":")
+        if self.heavy and sys.stderr.isatty():
+            print("importing torch and diffusers ...", file=sys.stderr, flush=True)
         return getattr(import_module(f"diffalign.cli.{module}"), function)(options, command)
 
 
 def bench_command(row: Row) -> Command:
     """A benchmark as a command."""
     description = f"{row.summary} ({row.paper})"
-    return Command(words=("bench", row.name), summary=row.summary, description=description, takes=bench_defaults(row), target="bench:run")
+    return Command(
+        words=("bench", row.name), summary=row.summary, description=description, takes=bench_defaults(row), target="bench:run", heavy=True
+    )
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -58,6 +65,7 @@ COMMANDS: tuple[Command, ...] = (
         description="Makes an image of each prompt, and a better one by searching over the initial noise for what the rewards like.",
         takes=Generate(),
         target="generate:run",
+        heavy=True,
         epilog=searches_help(),
     ),
     *(bench_command(row) for row in BENCHMARKS.values()),
@@ -81,6 +89,7 @@ COMMANDS: tuple[Command, ...] = (
         description="Scores the images of a folder and those below it with rewards that `diffalign rewards` lists. Resumable.",
         takes=Score(folder=MISSING, reward=MISSING),
         target="score:run",
+        heavy=True,
     ),
     Command(
         words=("rewards",),
@@ -95,6 +104,7 @@ COMMANDS: tuple[Command, ...] = (
         description="Generates images with a pipeline, scores them with each reward, and writes mean, spread and quantiles.",
         takes=Calibrate(reward=MISSING),
         target="calibrate:run",
+        heavy=True,
     ),
     Command(
         words=("caption",),
