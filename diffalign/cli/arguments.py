@@ -122,7 +122,7 @@ def default_in_words(each: Found) -> str:
 
 
 def read(defaults: T, namespace: argparse.Namespace) -> T:
-    """The instance with what was typed, and with what the file of --config says. Raises ValueError where either is amiss, Needed where something is lacking."""
+    """The instance with what was typed and with what the file of --config says. Raises ValueError, or Needed where something is lacking."""
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items() if value is not None}
     file = typed.pop("config", None)
     given = import_module("diffalign.cli.config_file").from_file(defaults, file) if file else {}  # OmegaConf takes a second to import
