@@ -36,7 +36,7 @@ class TurboConfig:
     """guidance: the teacher's. pairs / pair_steps: how many teacher results the regression sees and their DDIM steps.
     warm_steps: updates on the regression alone. batch / pair_batch: fresh noises and teacher pairs in every later update."""
 
-    guidance: float = 3.0
+    guidance: float = 4.5
     pairs: int = 2048
     pair_steps: int = 6
     warm_steps: int = 250
