@@ -79,8 +79,9 @@ def parse(argv: list[str]) -> None:
 def test_a_command_of_the_documents_is_one(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "runs" / "dpo").mkdir(parents=True)
-    (tmp_path / "runs" / "dpo" / "pytorch_lora_weights.safetensors").touch()  # what an earlier command of the page has written
+    for tuned in re.findall(r"--lora (\S+)", command):  # what an earlier command of the page has written
+        (tmp_path / tuned).mkdir(parents=True)
+        (tmp_path / tuned / "pytorch_lora_weights.safetensors").touch()
     if NOT_REGISTERED in command:
         with pytest.raises(SystemExit):
             parse(arguments(command))
