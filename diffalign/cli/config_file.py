@@ -62,7 +62,7 @@ def _value(each: Found, value: object, file: Path) -> object:
     return tuple(parsed) if each.option.many else parsed[0]
 
 
-def _mapping(file: Path) -> dict[object, object]:
+def mapping(file: Path) -> dict[object, object]:
     """The file as a mapping. OmegaConf reads numbers such as 3e-5 as numbers, which plain YAML does not."""
     try:
         data = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
