@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from diffalign.benchmarks.shapes.benchmark import ShapesBenchmark
-from diffalign.commands.train import sampler
+from diffalign.cli.train import sampler
 from diffalign.evaluation import machine
 from diffalign.evaluation.similarity import perceptual_distance, ssim
 from diffalign.files import read_json, whole_file, write_json, write_text

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from diffalign import __version__
 from diffalign.benchmarks.table import owners
+from diffalign.cli import own_arguments, pairs, train
 from diffalign.cli.arguments import ADVANCED_HELP, Formatter, Parser, add_options, read
 from diffalign.cli.table import COMMANDS, GROUPS, Checked, Command
 from diffalign.cli.values import searches_help
-from diffalign.commands import config, pairs, train
 from diffalign.files import remove_empty
 from diffalign.options import Needed, options_of
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        argv = config.expand(argv) if argv[:1] in (["train"], ["pairs"]) else argv
+        argv = own_arguments.expand(argv) if argv[:1] in (["train"], ["pairs"]) else argv
         args = parse_words(argv)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         code = start(args, argv)

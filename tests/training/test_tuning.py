@@ -12,10 +12,9 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import diffalign
-from diffalign.cli import build_parser, main
+from diffalign.cli import build_parser, main, tune
 from diffalign.cli import config_file as config
-from diffalign.commands import tune
-from diffalign.commands.tune import setting
+from diffalign.cli.tune import setting
 from diffalign.training.loop import LoopSettings
 from diffalign.training.objectives.sft import SFT
 from diffalign.training.policy import ATTENTION, Adaptation

@@ -1,7 +1,5 @@
 """`diffalign train`: fit what the other commands use: weights tuned by preference, and guidance that costs less."""
 
-# ruff: noqa: T201  (a command speaks to its user)
-
 from __future__ import annotations
 
 import argparse
@@ -11,8 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.commands import config, generate, options, tune
-from diffalign.commands.guidance import FROM_FILE
+from diffalign.cli import own_arguments, tune, values
+from diffalign.cli.options import FROM_FILE, is_shapes
+from diffalign.cli.prompts import read as read_prompts
 from diffalign.files import require_writable
 
 SHAPES_BATCH, SHAPES_SEARCH_BATCH = 20, 8
@@ -29,9 +28,9 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     _add_common(linear, Path("outputs/linear-ag"), SHAPES_BATCH)
-    linear.add_argument("--samples", type=options.count, default=200, metavar="N", help="trajectories (default: %(default)s)")
+    linear.add_argument("--samples", type=values.count, default=200, metavar="N", help="trajectories (default: %(default)s)")
     budget_help = "share of all evaluations, 0.65 say: the fit chooses the steps to evaluate (default: the paper's plan)"
-    linear.add_argument("--budget", type=options.scale, metavar="X", help=budget_help)
+    linear.add_argument("--budget", type=values.scale, metavar="X", help=budget_help)
     tail_help = "of the paper's plan: no guidance in the second half, or predicted guidance (default: %(default)s)"
     linear.add_argument("--tail", choices=("conditional", "estimate"), default="conditional", help=tail_help)
     linear.set_defaults(run=run_linear)
@@ -42,25 +41,25 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     _add_common(search, Path("outputs/guidance-search"), SHAPES_SEARCH_BATCH)
-    search.add_argument("--budget", type=options.scale, default=0.75, metavar="X", help="share of all evaluations (default: %(default)s)")
-    search.add_argument("--iterations", type=options.count, default=80, metavar="N", help="steps of the optimiser (default: %(default)s)")
+    search.add_argument("--budget", type=values.scale, default=0.75, metavar="X", help="share of all evaluations (default: %(default)s)")
+    search.add_argument("--iterations", type=values.count, default=80, metavar="N", help="steps of the optimiser (default: %(default)s)")
     search.set_defaults(run=run_search)
     tune.add_parsers(kinds)
 
 
 def _add_common(parser: argparse.ArgumentParser, out: Path, batch: int) -> None:
-    parser.add_argument("--pipeline", type=options.pipeline_name, default="shapes", metavar="NAME", help="(default: %(default)s)")
+    parser.add_argument("--pipeline", type=values.pipeline_name, default="shapes", metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts, one a line (default with shapes: its validation split)")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="as it will be used")
-    parser.add_argument("--steps", type=options.count, metavar="N", help="denoising steps (default: the pipeline's own)")
-    parser.add_argument("--guidance-scale", type=options.scale, metavar="X", help="(default: the pipeline's own)")
-    parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help="trajectory i has seed N + i (default: %(default)s)")
-    parser.add_argument("--batch-size", type=options.count, metavar="N", help=f"at once (default: 1, shapes {batch})")
+    parser.add_argument("--steps", type=values.count, metavar="N", help="denoising steps (default: the pipeline's own)")
+    parser.add_argument("--guidance-scale", type=values.scale, metavar="X", help="(default: the pipeline's own)")
+    parser.add_argument("--seed", type=values.seed, default=0, metavar="N", help="trajectory i has seed N + i (default: %(default)s)")
+    parser.add_argument("--batch-size", type=values.count, metavar="N", help=f"at once (default: 1, shapes {batch})")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
-    parser.add_argument("--dtype", choices=options.DTYPES, help="number type of the pipeline (default: the pipeline's own for the device)")
+    parser.add_argument("--dtype", choices=values.DTYPES, help="number type of the pipeline (default: the pipeline's own for the device)")
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
-    config.add_option(parser)
+    own_arguments.add_config(parser)
 
 
 def run_linear(args: argparse.Namespace) -> int:
@@ -75,7 +74,7 @@ def run_linear(args: argparse.Namespace) -> int:
     settings = LinearSettings(tail=args.tail, budget=args.budget)
     pipeline = load(args)
     fit = LinearFit(settings)
-    size = options.batch_size(args, SHAPES_BATCH)
+    size = own_arguments.batch_size(args, SHAPES_BATCH)
     with tqdm(total=args.samples, unit="trajectory", disable=None) as bar:
         for start in range(0, args.samples, size):
             numbers = range(start, min(start + size, args.samples))
@@ -85,7 +84,7 @@ def run_linear(args: argparse.Namespace) -> int:
                 plugins=[fit],
                 output_type="latent",
                 **negative(args),
-                **options.stock_arguments(args),
+                **own_arguments.stock_arguments(args),
             )
             bar.update(len(numbers))
     coefficients = fit.solve()
@@ -109,13 +108,13 @@ def run_search(args: argparse.Namespace) -> int:
 
     settings = SearchSettings(budget=args.budget, iterations=args.iterations)
     pipeline = load(args)
-    arguments = {**pipeline.defaults, **options.stock_arguments(args)}
+    arguments = {**pipeline.defaults, **own_arguments.stock_arguments(args)}
     missing = [name for name in ("num_inference_steps", "guidance_scale") if name not in arguments]
     if missing:
         raise ValueError(f"--{' and --'.join(name.replace('num_inference_', '').replace('_', '-') for name in missing)} must be given with "
                          f"--pipeline {args.pipeline}, which has no defaults of its own")  # fmt: skip
-    size = options.batch_size(args, SHAPES_SEARCH_BATCH)
-    batches = fixed_batches(pipeline, prompts, size, args.seed, options.stock_arguments(args), args.negative_prompt)
+    size = own_arguments.batch_size(args, SHAPES_SEARCH_BATCH)
+    batches = fixed_batches(pipeline, prompts, size, args.seed, own_arguments.stock_arguments(args), args.negative_prompt)
     with batches as sample, tqdm(total=settings.iterations, disable=None) as bar:
 
         def progress(iteration: int, values: Any) -> None:
@@ -134,8 +133,8 @@ def run_search(args: argparse.Namespace) -> int:
 def training_prompts(args: argparse.Namespace) -> list[str]:
     """Raises ValueError where there are none to take."""
     if args.prompts_file is not None:
-        return generate.read_prompts(args.prompts_file)
-    if not options.is_shapes(args.pipeline):
+        return read_prompts(args.prompts_file)
+    if not is_shapes(args.pipeline):
         raise ValueError(f"--prompts-file is needed with --pipeline {args.pipeline}: prompts like those it will be used with")
     from diffalign.shapes.prompts import prompts
 

@@ -1,7 +1,5 @@
 """`diffalign train sft`, `dpo`, `kto`, `d3po`, `r0` and their kin: tune the pipeline's weights, one subcommand for each objective."""
 
-# ruff: noqa: T201  (a command speaks to its user)
-
 from __future__ import annotations
 
 import argparse
@@ -11,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffalign.commands import config, generate, options
+from diffalign.cli import own_arguments, values
+from diffalign.cli.options import is_shapes
+from diffalign.cli.prompts import read as read_prompts
 
 DATA = {
     "pairs": "FOLDER holds pairs.jsonl with lines such as {\"prompt\": \"a red circle\", \"winner\": \"1.png\", \"loser\": \"2.png\"}; "
@@ -43,55 +43,55 @@ def add_options(parser: argparse.ArgumentParser, row: Any) -> None:
         parser.add_argument("--prompts-file", type=Path, metavar="FILE", help=prompts_help)
     else:
         parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help=data_help)
-    parser.add_argument("--pipeline", type=options.pipeline_name, default="shapes", metavar="NAME", help="(default: %(default)s)")
+    parser.add_argument("--pipeline", type=values.pipeline_name, default="shapes", metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(f"outputs/{row.name}"), metavar="DIR",
                         help="LoRA, card, metrics, checkpoint (default: %(default)s)")  # fmt: skip
     if row.rewards != "none":
-        parser.add_argument("--reward", type=options.reward_weight, nargs="+", action="extend", metavar="NAME=WEIGHT",
+        parser.add_argument("--reward", type=values.reward_weight, nargs="+", action="extend", metavar="NAME=WEIGHT",
                             help="what to learn from (default with shapes: shapes-reward)")  # fmt: skip
     watch_help = "rewards that decide which weights are kept and when to stop; looked at on held-out prompts, never optimised"
-    parser.add_argument("--watch", type=options.reward_name, nargs="+", action="extend", metavar="NAME", help=watch_help)
+    parser.add_argument("--watch", type=values.reward_name, nargs="+", action="extend", metavar="NAME", help=watch_help)
     held_out_help = f"prompts for --watch, one a line (default with shapes: {WATCHED} of validation; else a share of the data's own)"
     parser.add_argument("--held-out-prompts", type=Path, metavar="FILE", help=held_out_help)
     set_help = "settings of the method, as in beta=500 or rollouts.images=8; the page of the method lists them"
     parser.add_argument("--set", type=setting, nargs="+", action="extend", metavar="NAME=VALUE", help=set_help)
     parser.add_argument("--paper", action="store_true", help="start from the published settings instead of ours")
-    parser.add_argument("--steps", type=options.count, default=200, metavar="N", help="batches to learn from (default: %(default)s)")
-    parser.add_argument("--lr", type=options.scale, default=1e-4, metavar="X", help="peak learning rate, absolute (default: %(default)s)")
+    parser.add_argument("--steps", type=values.count, default=200, metavar="N", help="batches to learn from (default: %(default)s)")
+    parser.add_argument("--lr", type=values.scale, default=1e-4, metavar="X", help="peak learning rate, absolute (default: %(default)s)")
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=10, metavar="N", help="steps up to the peak (default: %(default)s)")
-    parser.add_argument("--batch-size", type=options.count, default=16, metavar="N", help=f"{row.data} in a step (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=options.count, metavar="N", help="so many at once: less memory (default: all of the batch)")
-    parser.add_argument("--updates", type=options.count, default=1, metavar="N", help="optimiser steps on a batch (default: %(default)s)")
-    parser.add_argument("--rank", type=options.count, default=16, metavar="N", help="of the LoRA (default: %(default)s)")
+    parser.add_argument("--batch-size", type=values.count, default=16, metavar="N", help=f"{row.data} in a step (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=values.count, metavar="N", help="so many at once: less memory (default: all of the batch)")
+    parser.add_argument("--updates", type=values.count, default=1, metavar="N", help="optimiser steps on a batch (default: %(default)s)")
+    parser.add_argument("--rank", type=values.count, default=16, metavar="N", help="of the LoRA (default: %(default)s)")
     targets_help = "layers with an adapter: attention, linear (feed-forward too), or ends of names (default: attention)"
     parser.add_argument("--targets", nargs="+", default=["attention"], metavar="NAME", help=targets_help)
     parser.add_argument("--full", action="store_true", help="train all weights instead of a LoRA")
     budget_help = "how far the weights may move from where they began, L2 norm; further steps are drawn back to it (default: no limit)"
-    parser.add_argument("--weight-budget", type=options.scale, metavar="X", help=budget_help)
+    parser.add_argument("--weight-budget", type=values.scale, metavar="X", help=budget_help)
     if row.data != "prompts":
         drop_help = "share of samples that learn under the empty prompt, so that guidance goes on working (default: %(default)s)"
-        parser.add_argument("--drop-prompts", type=options.scale, default=0.1, metavar="X", help=drop_help)
+        parser.add_argument("--drop-prompts", type=values.scale, default=0.1, metavar="X", help=drop_help)
     if row.data == "pairs":
         parser.add_argument("--flip", action="store_true", help="mirror both images of every other pair")
     evaluate_help = "steps between evaluations on held-out prompts, whose best weights are kept (default: none)"
-    parser.add_argument("--evaluate-every", type=options.count, default=0, metavar="N", help=evaluate_help)
-    parser.add_argument("--held-out", type=options.scale, default=0.1, metavar="X", help="share of prompts for that (default: %(default)s)")
-    parser.add_argument("--patience", type=options.count, metavar="N", help="stop after so many evaluations without a better one")
+    parser.add_argument("--evaluate-every", type=values.count, default=0, metavar="N", help=evaluate_help)
+    parser.add_argument("--held-out", type=values.scale, default=0.1, metavar="X", help="share of prompts for that (default: %(default)s)")
+    parser.add_argument("--patience", type=values.count, metavar="N", help="stop after so many evaluations without a better one")
     average_help = "decay of the moving average of the weights that is kept instead of the last ones"
-    parser.add_argument("--average", type=options.scale, metavar="X", help=average_help)
+    parser.add_argument("--average", type=values.scale, metavar="X", help=average_help)
     save_help = "steps between checkpoints (default: %(default)s)"
-    parser.add_argument("--save-every", type=options.count, default=50, metavar="N", help=save_help)
+    parser.add_argument("--save-every", type=values.count, default=50, metavar="N", help=save_help)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=values.seed, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="bf16: the network computes in bfloat16")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
     parser.add_argument("--track", action="store_true", help="write TensorBoard files too (the extra `track`)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where encoded images are kept (default: latents/ in --out)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
-    parser.add_argument("--dtype", choices=options.DTYPES, help="number type of the pipeline (default: the pipeline's own for the device)")
+    parser.add_argument("--dtype", choices=values.DTYPES, help="number type of the pipeline (default: the pipeline's own for the device)")
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
-    config.add_option(parser)
+    own_arguments.add_config(parser)
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -165,7 +165,7 @@ def rewards(args: argparse.Namespace) -> Mapping[str, float]:
     """What is learned from. ValueError where nothing is given and no default fits."""
     if args.reward:
         return dict(args.reward)
-    if options.is_shapes(args.pipeline):
+    if is_shapes(args.pipeline):
         return {"shapes-reward": 1.0}
     raise ValueError(f"--reward is needed with --pipeline {args.pipeline}: the default reward knows shapes only")
 
@@ -173,8 +173,8 @@ def rewards(args: argparse.Namespace) -> Mapping[str, float]:
 def learned_prompts(args: argparse.Namespace) -> list[str]:
     """What an objective makes images of."""
     if args.prompts_file is not None:
-        return generate.read_prompts(args.prompts_file)
-    if not options.is_shapes(args.pipeline):
+        return read_prompts(args.prompts_file)
+    if not is_shapes(args.pipeline):
         raise ValueError(f"--prompts-file is needed with --pipeline {args.pipeline}: prompts like those it will be used with")
     from diffalign.shapes.train.judged import annotator_rows
 
@@ -184,8 +184,8 @@ def learned_prompts(args: argparse.Namespace) -> list[str]:
 def held_out_prompts(args: argparse.Namespace) -> list[str]:
     """What watched rewards look at; none where the data's own are to be held out, or nothing is watched."""
     if args.held_out_prompts is not None:
-        return generate.read_prompts(args.held_out_prompts)
-    if not args.watch or not options.is_shapes(args.pipeline):
+        return read_prompts(args.held_out_prompts)
+    if not args.watch or not is_shapes(args.pipeline):
         return []
     from diffalign.shapes.prompts import metadata
 

@@ -1,1 +1,0 @@
-from diffalign.cli.options import FROM_FILE as FROM_FILE
