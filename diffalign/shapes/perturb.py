@@ -10,6 +10,7 @@ training may not learn (`rewards_described.may_be_said`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -40,6 +41,15 @@ def perturbed(caption: str, strength: Strength, rng: np.random.Generator) -> str
         if may_be_said(said):
             return said
     return None
+
+
+def otherwise(strength: Strength) -> Callable[[Sequence[str]], list[str]]:
+    """A function that says texts otherwise, each always alike; a text that nothing else may be said for stays as it is."""
+
+    def say(texts: Sequence[str]) -> list[str]:
+        return [perturbed(text, strength, np.random.default_rng(list(text.encode()))) or text for text in texts]
+
+    return say
 
 
 def respects(claim: Claim) -> list[str]:
