@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffalign.files import read_json
@@ -219,3 +219,19 @@ def test_mistakes_are_named(tmp_path):
 def test_scores_within_prompts_by_hand():
     scores, prompts = torch.tensor([1.0, 3.0, 10.0, 20.0, 30.0]), torch.tensor([7, 7, 2, 2, 2])
     assert within_prompts(scores, prompts).tolist() == [-1.0, 1.0, -10.0, 0.0, 10.0]
+
+
+def test_prompts_that_are_held_out_teach_nothing(tmp_path):
+    """The scores of prompt 0, the first of every five, may be anything; those of prompt 1 matter."""
+    settings = replace(SETTINGS, steps=5, samples=2)
+    whole = train_experts(Toy(), Net(), PROMPTS, tmp_path / "whole", settings, steps=4)
+    for prompt, same in ((0, True), (1, False)):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(prompt))
+        path = folder / "samples" / "00000.safetensors"
+        part = load_file(path)
+        part["scores"][part["prompts"] == prompt] += 5
+        save_file(part, path)
+        for learned in folder.glob("range-*"):
+            learned.unlink()
+        again = train_experts(Toy(), Net(), PROMPTS, folder, settings, steps=4)
+        assert all(torch.equal(again.weights[0][name], tensor) for name, tensor in whole.weights[0].items()) == same
