@@ -50,8 +50,8 @@ class TuneConfig:
     base_steps: int = 8  # DDIM steps of these
     base_guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 6.0)  # shared among a prompt's images
     first_steps: int = 900  # of the first round; the later ones take the loop's own number
-    rounds: int = 3  # all later ones also see one-step images, and climbs of what the round before had learnt
-    fresh_prompts: tuple[int, ...] = (2400, 0)  # GROUP one-step images each, added in each later round
+    rounds: int = 2  # all later ones also see one-step images, and climbs of what the round before had learnt
+    fresh_prompts: tuple[int, ...] = (2400,)  # GROUP one-step images each, added in each later round
     guided: float = 0.25  # share of a later round's plain images that are of `shapes`
     shift: int = 5  # pixels; generated images are moved by up to as much, and mirrored where no word speaks of sides
     climbed_prompts: int = 256  # GROUP stations each, for each later round
