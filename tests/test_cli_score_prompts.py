@@ -157,7 +157,8 @@ def test_real_runs_of_the_benchmarks_are_understood(tmp_path):
     """Written by the code that writes them."""
     from PIL import Image
 
-    from diffalign.benchmarks.base import Generated, Item, save
+    from diffalign.benchmarks.base import Item
+    from diffalign.evaluation.generation import Generated, save
 
     image = Generated(Image.new("RGB", (2, 2)), {"seconds": 1.0, "best": 0, "rewards": {}})
     save(Item(3, 1, 0, "colors", "a red cup", {"prompt": "a red cup"}), image, tmp_path)
