@@ -119,8 +119,8 @@ def publish(args: argparse.Namespace, judged: dict[str, list[dict[str, Any]]]) -
         mean = np.mean([np.asarray(run["right"], dtype=float) for run in runs], axis=0)  # over seeds, image by image
         gain = paired_difference(mean, base["right"], *where)
         results[arm] = {
-            "overall": overall_estimate(mean, *where).value,
-            "tasks": {task: each.value for task, each in task_estimates(mean, *where).items()},
+            "overall": overall_estimate(mean, *where).mean,
+            "tasks": {task: each.mean for task, each in task_estimates(mean, *where).items()},
             "gain": {"mean": gain.mean, "low": gain.low, "high": gain.high},
             "gain of each seed": [paired_difference(run["right"], base["right"], *where).mean for run in runs],
             "kept steps": [run["training"].get("kept_step") for run in runs],
