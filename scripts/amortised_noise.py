@@ -86,7 +86,7 @@ def main() -> None:
     facts = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **machine(pipe.device),
+        **machine.machine(pipe.device),
         "split": args.split,
         "images": len(rows),
         "reward": args.reward,

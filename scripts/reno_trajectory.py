@@ -69,7 +69,7 @@ def main() -> None:
     facts = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **machine(pipe.device),
+        **machine.machine(pipe.device),
         "images": len(rows),
         "settings": climb,
     }
