@@ -19,7 +19,7 @@ TESTED_FROM := $(if $(EDITABLE),.,build/outside)
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow lint format docs docs-serve train-shapes over-optimisation clean FORCE
+.PHONY: help demo app test test-processes test-slow lint format docs docs-serve train-shapes over-optimisation clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,10 @@ app: $(VENV)/.diffalign-app ## the same in the browser
 	$(BIN)/diffalign demo
 
 test: $(VENV)/.diffalign-dev $(TESTED_FROM) ## the tests that need minutes at most
-	cd $(TESTED_FROM) && $(abspath $(BIN))/pytest $(PARALLEL) -m "not slow and not gpu" $(PYTEST_ARGS)
+	cd $(TESTED_FROM) && $(abspath $(BIN))/pytest $(PARALLEL) -m "not slow and not processes and not gpu" $(PYTEST_ARGS)
+
+test-processes: $(VENV)/.diffalign-dev $(TESTED_FROM) ## the tests that launch several processes together, or kill one
+	cd $(TESTED_FROM) && $(abspath $(BIN))/pytest -m "processes and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.diffalign-dev $(TESTED_FROM) ## all tests, also the slow ones
 	cd $(TESTED_FROM) && $(abspath $(BIN))/pytest $(PYTEST_ARGS)

@@ -282,7 +282,7 @@ def test_real_prompts_are_not_drawn_by_the_shapes_model_by_default(capsys, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_processes_of_a_launcher_delete_once(capsys, tiny_folder, tmp_path, clone):
     """--overwrite: the main process deletes and the others wait; a late one would delete what the first has made."""
     more = ["--prompts", clone, "--category", "spatial", "--samples", "2", "--method", "none", "--stage", "generate"]
@@ -308,7 +308,7 @@ def test_processes_of_a_launcher_delete_once(capsys, tiny_folder, tmp_path, clon
     assert len(list((tmp_path / "run" / "none").rglob("*.png"))) == 2 * len(PROMPTS["spatial"])
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_processes_of_a_launcher_share_the_work_and_the_first_reports(capsys, tiny_folder, tmp_path, clone):
     """Two processes under torch's launcher, as `accelerate launch` starts them; the images and scores of one run."""
     boxes = [{"label": "dog", "score": 0.8, "box": [0, 0, 100, 100]}]

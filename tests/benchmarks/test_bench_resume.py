@@ -163,7 +163,7 @@ def test_damaged_images_are_made_again_by_a_run_and_named_without_one(commands, 
     assert contents(tmp_path / "run") == before
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_process_leaves_nothing_half_written(commands, tmp_path):
     """SIGKILL while images are being made; what lies there is whole, and the rest follows."""
     command = commands["geneval"]

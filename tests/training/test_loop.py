@@ -128,7 +128,7 @@ save_file(policy.weights(), f"{sys.argv[1]}/{state.process_index}.safetensors")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_give_what_one_gives(tmp_path):
     from safetensors.torch import load_file
 
@@ -141,7 +141,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=29533",
+        "--standalone",
         str(script),
         str(tmp_path / "two"),
     ]
