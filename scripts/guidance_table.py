@@ -16,7 +16,6 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 from diffalign.benchmarks.shapes.benchmark import ShapesBenchmark
-from diffalign.cli.train import sampler
 from diffalign.evaluation import machine
 from diffalign.evaluation.similarity import perceptual_distance, ssim
 from diffalign.files import read_json, whole_file, write_json, write_text
@@ -37,6 +35,7 @@ from diffalign.methods.guidance_rivals import DeltaReuse, FixedFraction, Interva
 from diffalign.methods.guidance_search import SearchedGuidance, SearchSettings, search
 from diffalign.methods.linear_guidance import LinearCoefficients, LinearGuidance, LinearSettings
 from diffalign.methods.linear_guidance_fit import LinearFit
+from diffalign.pipelines.batches import fixed_batches
 from diffalign.pipelines.presets import get_preset
 from diffalign.reports.statistics import paired_difference
 from diffalign.shapes.detector import judge_images
@@ -151,8 +150,8 @@ def prepare(pipeline: Any, steps: int, args: argparse.Namespace, folder: Path) -
         prompts = [item.prompt for item in ShapesBenchmark("validation", 1, args.search_prompts, args.seed).items()]
         settings = SearchSettings(iterations=args.search_iterations)
         shuffled = [prompts[i] for i in np.random.default_rng(args.seed).permutation(len(prompts))]  # they are sorted by task
-        with ExitStack() as stack, tqdm(total=settings.iterations, desc=f"{steps} steps, searching", disable=None) as bar:
-            sample = sampler(pipeline, shuffled, args.search_batch, args.seed, {"num_inference_steps": steps}, stack)
+        batches = fixed_batches(pipeline, shuffled, args.search_batch, args.seed, {"num_inference_steps": steps})
+        with batches as sample, tqdm(total=settings.iterations, desc=f"{steps} steps, searching", disable=None) as bar:
             found = search(sample, steps, pipeline.defaults["guidance_scale"], settings, lambda i, values: bar.update())
         found.save(policy)
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,19 +13,18 @@ from typing import Any
 
 import torch
 
+from diffalign.intervals import wilson
 from diffalign.shapes.train.loop import LoopConfig
 
 LICENCE = "Apache-2.0"
 
 
-def interval(correct: int, total: int, z: float = 1.959964) -> dict[str, float]:
+def interval(correct: int, total: int) -> dict[str, float]:
     """A share with its 95 % interval (Wilson's): {"value", "low", "high", "n"}. Raises ValueError where total is not positive."""
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"interval needs 0 <= correct <= total and total > 0; got {correct} of {total}")
-    share, spread = correct / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return {"value": round(share, 4), "low": round(max(centre - half, 0.0), 4), "high": round(min(centre + half, 1.0), 4), "n": total}
+    low, high = wilson(correct / total, total)
+    return {"value": round(correct / total, 4), "low": round(low, 4), "high": round(high, 4), "n": total}
 
 
 def describe_device(device: str) -> str:
