@@ -10,9 +10,10 @@
   hypothesis is that a prompt's difference is as likely to have either sign. p = (1 + hits) / (1 + draws), two-sided;
 - several p-values are corrected by Holm's step-down (1979).
 
-By simulation the 95 % intervals of six tasks cover 0.93 or more from 2 prompts a task on, and near saturation; a single task's of one image
-a prompt cover 0.95 or more at every rate, computed exactly, where Wilson's cover 0.83 of 5 prompts at a rate of 0.04 and 0.91 of 10 at 0.95
-(tests/benchmarks/test_statistics.py). The price is width: 0.33 on average over rates and 5 to 60 prompts, Wilson's 0.30.
+By simulation the 95 % intervals of six tasks cover 0.93 or more from 2 prompts a task on, and near saturation. A single task's of one image
+a prompt cover 0.95 or more at every rate, computed exactly; Wilson's cover 0.83 of 5 prompts at a rate of 0.04. The price is width, 0.33 on
+average over rates and 5 to 60 prompts where Wilson's have 0.30. With several images a prompt they cover 0.92 or more by simulation
+(tests/benchmarks/test_statistics.py).
 
 Every function is a pure function of its arguments; the random ones take a seed. `values` may be 0/1 verdicts or scores.
 """

@@ -126,7 +126,7 @@ def value(row: Record, measure: str | None = None) -> float:
 
 
 def estimates(rows: Sequence[Record], measure: str | None = None) -> dict[str, Record]:
-    """Each task's mean with its interval: Wilson's for verdicts, `mean_interval` for scores."""
+    """Each task's mean with its interval: Clopper and Pearson's for verdicts, `mean_interval` for scores."""
     method = task_estimates if "correct" in rows[0] else task_means
     return {task: asdict(estimate) for task, estimate in method(*columns(rows, measure)).items()}
 

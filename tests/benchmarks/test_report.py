@@ -46,7 +46,7 @@ def test_tables_say_what_the_summary_holds():
     summary = {**summarise(judged()), "optimised": ["clip"], "facts": {"device": "cpu"}}
     text = markdown(summary)
     accuracy, gain = [line for line in text.splitlines() if line.startswith("| reno") and "0.500 [" in line]
-    assert "0.750 [0.30, 0.95]" in accuracy  # Wilson, 3 of 4
+    assert "0.750 [0.19, 0.99]" in accuracy  # Clopper and Pearson, 3 of 4
     assert "+0.250 [" in gain
     assert "+0.375 [" in text
     assert "total (optimised)" in text
