@@ -12,6 +12,7 @@ from diffalign.benchmarks.base import Benchmark, Item
 from diffalign.benchmarks.context import Context
 from diffalign.benchmarks.table import BENCHMARKS
 from diffalign.options import options_of
+from diffalign.reports.run_files import write_official
 from diffalign.reports.summary import columns, measures
 from tests.benchmarks.prompt_files import write_prompt_files
 from tests.benchmarks.test_t2i_compbench import PROMPTS
@@ -140,6 +141,20 @@ def test_its_rows_have_what_reports_read(row, build):
     values, prompts, tasks = columns([made], measures([made])[0])
     assert 0 <= values[0] <= 1
     assert (len(prompts), tasks) == (1, [item.task])
+
+
+@rows
+def test_limited_stands_beside_the_files_of_its_evaluator_until_the_run_is_whole(row, build, tmp_path):
+    for benchmark in (build(row, limit=1, samples=1), build(row, samples=1)):
+        judged = {"judge": (Said(), SCORES.get(row.name, {"value": 0.5}))}
+        made = [benchmark.row(item, judged) for item in benchmark.items() if item.task != "complex"]  # those need a language model
+        write_official(benchmark, tmp_path, made)
+        limited = benchmark.limited()
+        assert json.loads((tmp_path / "protocol.json").read_text()).get("limited") == limited
+        assert (tmp_path / "LIMITED.txt").is_file() == bool(limited)
+        if limited:
+            assert limited in (tmp_path / "LIMITED.txt").read_text()
+            assert limited in (tmp_path / "failures.html").read_text()
 
 
 @rows
