@@ -128,7 +128,7 @@ def run_settings(options: Bench, method: str, mix: Mapping[str, float]) -> Recor
         # Of images that no search made the rewards are notes; where rewards judge, they are not even that.
         "reward": {} if unoptimised else dict(mix),
         "watch": [] if unoptimised else list(options.rewards.watch),
-        "budget": None if method == "none" else options.budget,
+        **parts.search_settings(method, options.budget, options.search),
         **replaced(options),
         **options.rewards.settings(),
     }
@@ -145,7 +145,9 @@ def report(options: Bench, benchmark: Benchmark, folders: Mapping[str, Path], mi
         write_official(benchmark, folder, rows[name])
         write_units(benchmark, folder, rows[name], left_out, options.model.pipeline)
     made = {name: read_json(folder / "settings.json") for name, folder in folders.items()}
-    config = {**run_settings(options, list(folders)[-1], mix), "method": list(folders), "budget": options.budget}
+    seconds = options.search.seconds
+    bounds = {"budget": options.budget} if seconds is None else {"budget": None, "seconds": seconds}
+    config = {**run_settings(options, list(folders)[-1], mix), "method": list(folders), **bounds}
     of_made = ("resolved", "preset", "weights", "versions", "sessions")
     summary = {
         "benchmark": benchmark.name,
@@ -166,12 +168,13 @@ def report(options: Bench, benchmark: Benchmark, folders: Mapping[str, Path], mi
         summary["partial"] = list(left_out.values())
     none = judged["none"].traces
     cut = sum(bool(trace.get("cut_text")) for trace in none)
+    spent = f"{options.budget} evaluations" if seconds is None else f"{seconds:g} seconds"
     split = f"{config['split']} split, " if config["split"] else ""
     summary["facts"] = {
         **partial(left_out),
         **protocol_in_words(benchmark),
         **({"cut prompts": f"of {cut} of {len(none)} images the model did not read the end of the prompt"} if cut else {}),
-        "pipeline": f"{options.model.pipeline}, {split}seed {options.run.seed}, budget of {options.budget} evaluations per image",
+        "pipeline": f"{options.model.pipeline}, {split}seed {options.run.seed}, budget of {spent} per image",
         **({"guidance": options.guidance.guidance} if options.guidance.guidance != "full" else {}),
         **how_made(made),
         "device": summary["device"],

@@ -21,7 +21,6 @@ from diffalign.evaluation.generation import Generated, encoded, generate_missing
 from diffalign.evaluation.processes import Interrupted, Share
 from diffalign.files import write_json
 from diffalign.images import read_pixels
-from diffalign.methods import build_method
 from diffalign.pipelines.aligned import AlignedPipeline
 from diffalign.rewards import RewardMix
 from diffalign.types import NoiseMethod
@@ -77,10 +76,11 @@ def generate(options: Bench, pipeline: AlignedPipeline, reward: RewardMix | None
         write_json(out / "reward.json", reward.settings())
     size = options.model.batch(SHAPES_BATCH)
     for name, items in wanted.items():
-        method = None if name == "none" else build_method(name, reward, options.budget)
+        method = parts.search_method(name, reward, options.budget, options.search)
         budget = options.budget if method else 1
         images = sum(map(len, to_make(items, out / name, size)))
-        with tqdm(total=images * budget, unit="evaluation", desc=name, disable=None) as bar, one_warning_of_cut_text():
+        total = None if method and options.search.seconds is not None else images * budget
+        with tqdm(total=total, unit="evaluation", desc=name, disable=None) as bar, one_warning_of_cut_text():
             generate_missing(items, out / name, maker(options, pipeline, reward, method, budget, bar), size)
 
 
@@ -114,7 +114,7 @@ def maker(
             output = pipeline(
                 [item.prompt for item in batch],
                 seed=[item.seed for item in batch],
-                plugins=[plugin for plugin in (method, steps) if plugin],
+                plugins=[plugin for plugin in (parts.of_batch(method, options.search, len(batch)), steps) if plugin],
                 progress=lambda event: bar.update(len(event.rows)),
                 **options.model.arguments(),
             )
@@ -130,7 +130,7 @@ def maker(
                 without = read_pixels(item.image_path(options.run.out / "none")).astype(int)
                 start = np.asarray(Image.open(io.BytesIO(encoded(item, image))).convert("RGB"))  # with a JPEG's losses, where it is one
                 trace["start_difference"] = int(np.abs(start - without).max())
-        bar.update(finished - bar.n)  # samples that stopped early count as done
+        bar.update(finished - bar.n if bar.total else 0)  # samples that stopped early count as done
         return [
             Generated(image, machine.finite_or_none({**cost, "cut_text": cut, **trace}))
             for image, cost, cut, trace in zip(output.images, costs, output.truncated, traces, strict=True)

@@ -9,7 +9,7 @@ from diffalign import hub
 from diffalign.benchmarks.context import STAGES, BenchmarkOptions, Context, NoOptions
 from diffalign.benchmarks.table import BENCHMARKS, Row
 from diffalign.cli import values
-from diffalign.cli.options import DEFAULT_PIPELINE, DEFAULT_REWARD, Guidance, Model, Rewards, is_shapes, require_gradient, sources
+from diffalign.cli.options import DEFAULT_PIPELINE, DEFAULT_REWARD, Guidance, Model, Rewards, Search, is_shapes, require_gradient, sources
 from diffalign.options import group, option
 
 BUDGET = 50
@@ -26,6 +26,7 @@ class Generate:
     budget: int = option(
         BUDGET, "evaluations of the generator, each image", parse=values.count, metavar="N", formerly=("--iterations", "--evaluations")
     )
+    search: Search = group("", Search())
     seed: int = option(0, "every prompt uses this same seed", parse=values.seed, metavar="N")
     out: Path = option(Path("outputs/generate"), "a folder per prompt goes here", parse=Path, metavar="DIR")
     overwrite: bool = option(False, "make prompts anew that were made with other settings")
@@ -40,6 +41,7 @@ class Generate:
         if not self.prompts and not self.prompts_file:
             raise ValueError("there is no prompt; give one in quotes, or --prompts-file FILE with one a line")
         self.model.check()
+        self.search.check([self.method], self.model.pipeline)
         mix = self.mix()
         require_gradient([self.method], mix)
         self.guidance.settings(self.model.pipeline)
@@ -86,6 +88,7 @@ class Bench:
     budget: int = option(
         BUDGET, "evaluations of the generator, each image", parse=values.count, metavar="N", formerly=("--iterations", "--evaluations")
     )
+    search: Search = group("", Search())
     run: BenchRun = group("", BenchRun())
     rewards: Rewards = group("rewards", Rewards())
     model: Model = group("pipeline", Model())
@@ -132,6 +135,8 @@ class Bench:
         if run.grid and run.grid.suffix.lower() != ".png":
             raise ValueError(f"--grid must name a .png file; got {run.grid}")
         self.model.check()
+        if not run.images:
+            self.search.check(self.methods, self.model.pipeline)
         mix = self.mix()
         require_gradient(self.methods, mix)
         self.guidance.settings(self.model.pipeline)

@@ -24,7 +24,6 @@ from diffalign.cli.commands import Generate
 from diffalign.evaluation import machine, panels, resolved
 from diffalign.evaluation.processes import Interrupted
 from diffalign.files import differing_settings, read_json, require_writable, whole_folder, write_json
-from diffalign.methods import build_method
 from diffalign.reports.plots import rewards_plot, strip
 from diffalign.types import Evaluation
 
@@ -87,7 +86,7 @@ def plan(texts: Sequence[str], options: Generate, mix: dict[str, float]) -> list
         "seed": options.seed,
         "reward": mix,
         "watch": list(options.rewards.watch),
-        "budget": None if options.method == "none" else options.budget,
+        **parts.search_settings(options.method, options.budget, options.search),
         **replaced,
         "guidance": options.guidance.settings(model.pipeline),
         **options.rewards.settings(),
@@ -121,7 +120,7 @@ def make(jobs: Sequence[Job], pending: Collection[Path], options: Generate, mix:
     stopped makes the whole of a batch again to add what it lacks, and has what an uninterrupted one has.
     """
     pipeline, reward = parts.load_parts(options.model, options.rewards, mix)
-    method = None if options.method == "none" else build_method(options.method, reward, options.budget)
+    method = parts.search_method(options.method, reward, options.budget, options.search)
     steps = parts.guidance_method(options.guidance)
     size = options.model.batch(SHAPES_BATCH)
     facts = machine.machine(pipeline.device)
@@ -129,7 +128,8 @@ def make(jobs: Sequence[Job], pending: Collection[Path], options: Generate, mix:
     batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     batches = [batch for batch in batches if any(job.folder in pending for job in batch)]
     budget, made = options.budget if method else 1, 0
-    with tqdm(total=sum(map(len, batches)) * budget, unit="evaluation", disable=None) as bar:
+    known = options.search.seconds is None  # how many evaluations there will be
+    with tqdm(total=sum(map(len, batches)) * budget if known else None, unit="evaluation", disable=None) as bar:
         for batch in batches:
             began = time.perf_counter()
 
@@ -140,7 +140,7 @@ def make(jobs: Sequence[Job], pending: Collection[Path], options: Generate, mix:
             output = pipeline(
                 [job.prompt for job in batch],
                 seed=[options.seed] * len(batch),
-                plugins=[plugin for plugin in (method, steps) if plugin],
+                plugins=[plugin for plugin in (parts.of_batch(method, options.search, len(batch)), steps) if plugin],
                 progress=progress,
                 **options.model.arguments(),
             )
@@ -169,7 +169,7 @@ def make(jobs: Sequence[Job], pending: Collection[Path], options: Generate, mix:
                 save(job, record, output, i)
                 tqdm.write(summary_line(job, record))
             made += len(batch)
-            bar.update(made * budget - bar.n)  # samples that stopped early count as done
+            bar.update(made * budget - bar.n if known else 0)  # samples that stopped early count as done
 
 
 def save(job: Job, record: Record, output: AlignedOutput, i: int) -> None:

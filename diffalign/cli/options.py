@@ -18,6 +18,7 @@ DEFAULT_PIPELINE = "shapes-turbo"
 DEFAULT_REWARD: Mapping[str, float] = {"shapes-reward": 1.0}
 """For the shapes pipelines; the others must be told, since this reward knows shapes alone."""
 MEMORY = ("checkpointing", "sliced-decoder", "offload-text", "offload-all")
+POLICY_FILE = "noise_policy.json"
 FROM_FILE = {"linear": "linear_guidance.json", "searched": "searched_guidance.json"}
 """What makes a folder one of these kinds of guidance."""
 MAKERS = {"linear": "linear-ag", "searched": "guidance-search"}
@@ -159,6 +160,30 @@ def require_gradient(methods: Iterable[str], mix: Mapping[str, float]) -> None:
     climbing = [name for name in methods if name != "none" and find_method(name, NOISE).needs_gradient]
     if flat and climbing:
         raise ValueError(f"reward {flat[0]!r} has no gradient, which {climbing[0]} climbs; --watch it, or use --method best-of-n")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What else bounds a search, and what one uses that was trained beforehand."""
+
+    seconds: float | None = option(None, "in place of --budget: of the search, each image", parse=values.seconds, metavar="S")
+    policy: Path | None = option(None, "amortised: the folder that `diffalign train find` wrote", parse=Path, metavar="DIR", advanced=True)
+
+    def check(self, methods: Iterable[str], pipeline: str | None) -> None:
+        """Raises ValueError for options that do not fit the methods. Nothing is loaded."""
+        rows = [find_method(name, NOISE) for name in methods if name != "none"]
+        for row in rows:
+            if self.seconds is not None and not row.by_seconds:
+                raise ValueError(f"--seconds cannot stop {row.name}, which makes what its budget says in one go; give --budget instead")
+            if row.needs_policy and self.policy is None and pipeline != DEFAULT_PIPELINE:
+                made = f"make it with `diffalign train find --pipeline {pipeline} --out DIR`"
+                raise ValueError(f"--method {row.name} needs --policy DIR with --pipeline {pipeline}; {made}")
+        if self.policy is not None and not any(row.needs_policy for row in rows):
+            raise ValueError("--policy belongs to --method amortised; leave it out")
+        if self.policy is not None and not (self.policy / POLICY_FILE).is_file():
+            raise ValueError(f"--policy {self.policy} has no {POLICY_FILE}; make it with `diffalign train find --out DIR`")
+        if self.seconds is not None and not rows:
+            raise ValueError("--seconds bounds a search, and --method none makes none; leave it out")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from diffalign.cli.arguments import default_in_words
 from diffalign.cli.table import COMMANDS, Command
 from diffalign.options import Found, dashed, options_of
@@ -11,18 +13,22 @@ HEAD = """# All options
 Made from the classes that the command line, YAML files and Python share, by `python -m diffalign.cli.options_page > docs/options.md`; a
 test says where it is not current. Every command also takes `--config FILE.yaml`, a file of the names below with `_` or `-` in them, which
 what is typed overrides; `--no-NAME` takes back a flag of such a file. *Advanced* ones are shown by `--help-advanced` alone.
-`diffalign train` and `diffalign pairs` explain themselves with `--help`.
+Commands that take the same stand together.
 """
 
 
 def markdown() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *(_section(row) for row in COMMANDS)])
+    alike = groupby(COMMANDS, lambda row: list(options_of(type(row.takes), instance=row.takes)))
+    return "\n".join([HEAD, *(_section(list(rows), found) for found, rows in alike)])
 
 
-def _section(row: Command) -> str:
-    lines = [f"## `diffalign {' '.join(row.words)}`", "", f"{row.summary[0].upper()}{row.summary[1:]}.", ""]
-    found = list(options_of(type(row.takes), instance=row.takes))
+def _section(rows: list[Command], found: list[Found]) -> str:
+    """Of neighbours in the table that take the same options."""
+    names = [f"`diffalign {' '.join(row.words)}`" for row in rows]
+    lines = [f"## {', '.join(names)}", ""]
+    what = [f"{row.summary[0].upper()}{row.summary[1:]}." for row in rows]
+    lines += [*(what if len(rows) == 1 else [f"- `{row.words[-1]}`: {each}" for row, each in zip(rows, what, strict=True)]), ""]
     if found:
         lines += ["| option | group | what it is |", "|---|---|---|", *map(_line, found), ""]
     return "\n".join(lines)

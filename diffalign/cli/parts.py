@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -19,12 +20,15 @@ from transformers.utils import logging as transformers_logging
 from diffalign import hub
 from diffalign.benchmarks.base import Models
 from diffalign.benchmarks.models.vqa import Judge
-from diffalign.cli.options import FROM_FILE, Guidance, Model, Rewards, is_shapes
+from diffalign.cli.options import FROM_FILE, Guidance, Model, Rewards, Search, is_shapes
 from diffalign.guidance import GuidanceMethod
+from diffalign.methods import build_method
 from diffalign.methods.linear_guidance import LinearCoefficients
-from diffalign.methods.table import STEP, find_method
+from diffalign.methods.table import NOISE, STEP, find_method
+from diffalign.noise_policy import WEIGHTS as POLICY_WEIGHTS
 from diffalign.rewards import RewardMix
 from diffalign.shapes.words import warning
+from diffalign.types import NoiseMethod
 
 if TYPE_CHECKING:
     from diffalign.pipelines.aligned import AlignedPipeline
@@ -57,8 +61,8 @@ def load_parts(model: Model, rewards: Rewards, mix: Mapping[str, float]) -> tupl
     return pipeline, hub.load_reward(dict(mix), watch=watched, **rules, sources=places, device=str(pipeline.device))
 
 
-def load_pipeline(model: Model) -> AlignedPipeline:
-    """The pipeline with its tuned weights. Raises ValueError for one that makes videos."""
+def load_pipeline(model: Model, videos: bool = False) -> AlignedPipeline:
+    """The pipeline with its tuned weights. Raises ValueError for one that makes videos, unless `videos` will do."""
     ways = set(model.memory)
     pipeline = hub.load_pipeline(
         str(model.pipeline),
@@ -69,7 +73,7 @@ def load_pipeline(model: Model) -> AlignedPipeline:
         sliced_decoder="sliced-decoder" in ways,
         offload="all" if "offload-all" in ways else "text" if "offload-text" in ways else None,
     )
-    if pipeline.output_field != "images":
+    if pipeline.output_field != "images" and not videos:
         raise ValueError(
             f"{model.pipeline} makes videos, which the commands cannot write yet; call it from Python, with rewards over frames "
             "(diffalign.rewards.frames.FrameReward)"
@@ -94,6 +98,29 @@ def lora_identity(source: Path) -> str:
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return f"{files[0].name} {digest[:16]}"
+
+
+def search_settings(name: str, budget: int, search: Search) -> dict[str, int | float | str | None]:
+    """What the bounds and the policy of a search add to the settings of its images; seconds and policy only where they are in force."""
+    if name == "none":
+        return {"budget": None}
+    if search.seconds is not None:
+        return {"budget": None, "seconds": search.seconds}
+    policy = search.policy if find_method(name, NOISE).needs_policy else None
+    return {"budget": budget, **({"policy": lora_identity(policy / POLICY_WEIGHTS)} if policy else {})}
+
+
+def search_method(name: str, reward: RewardMix | None, budget: int, search: Search) -> NoiseMethod | None:
+    """None for "none". Seconds are those of one image here; `of_batch` makes them a batch's."""
+    if name == "none":
+        return None
+    policy = search.policy if find_method(name, NOISE).needs_policy else None
+    return build_method(name, reward, budget, search.seconds, policy)
+
+
+def of_batch(method: NoiseMethod | None, search: Search, images: int) -> NoiseMethod | None:
+    """The method for a batch of so many images, which share their seconds."""
+    return method if method is None or search.seconds is None else replace(method, seconds=search.seconds * images)
 
 
 def guidance_method(guidance: Guidance) -> GuidanceMethod | None:

@@ -15,10 +15,8 @@ from collections.abc import Sequence
 
 from diffalign import __version__
 from diffalign.benchmarks.table import owners
-from diffalign.cli import own_arguments, pairs, train
 from diffalign.cli.arguments import ADVANCED_HELP, Formatter, Parser, add_options, read
 from diffalign.cli.table import COMMANDS, GROUPS, Checked, Command
-from diffalign.cli.values import searches_help
 from diffalign.files import remove_empty
 from diffalign.options import Needed, options_of
 
@@ -28,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        argv = own_arguments.expand(argv) if argv[:1] in (["train"], ["pairs"]) else argv
         args = parse_words(argv)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         code = start(args, argv)
@@ -49,9 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    if "row" not in args:  # `diffalign train` and `pairs` read their own arguments
-        args.argv = list(argv)
-        return args.run(args)
     try:
         options = read(args.row.takes, args)
     except Needed as lacking:
@@ -93,9 +87,10 @@ def build_parser(advanced: bool = False) -> Parser:
         if len(row.words) > 1:
             first = row.words[0]
             if first not in below:
-                facts = {"help": GROUPS[first], "description": GROUPS[first].capitalize() + ".", "epilog": searches_help()}
-                group = top.add_parser(first, formatter_class=Formatter, allow_abbrev=False, **facts)
-                below[first] = group.add_subparsers(metavar="BENCHMARK", required=True)
+                group = GROUPS[first]
+                facts = {"help": group.summary, "description": group.summary.capitalize() + ".", "epilog": group.epilog}
+                parser_of_group = top.add_parser(first, formatter_class=Formatter, allow_abbrev=False, **facts)
+                below[first] = parser_of_group.add_subparsers(metavar=group.metavar, required=True)
             place = below[first]
         own = place.add_parser(
             row.words[-1],
@@ -109,8 +104,6 @@ def build_parser(advanced: bool = False) -> Parser:
         )
         add_options(own, row.takes, advanced)
         own.set_defaults(row=row, parser=own)
-    train.add_parser(top)
-    pairs.add_parser(top)
     return parser
 
 

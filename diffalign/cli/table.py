@@ -13,7 +13,9 @@ from typing import Protocol
 
 from diffalign.benchmarks.table import BENCHMARKS, Row
 from diffalign.cli.commands import BenchList, Calibrate, CaptionPairs, Compare, Demo, Generate, RewardTable, Score, bench_defaults
+from diffalign.cli.train_commands import Pairs, TrainLinear, TrainNoise, TrainSearched, tune_defaults
 from diffalign.cli.values import searches_help
+from diffalign.training import table as objectives
 
 
 class Checked(Protocol):
@@ -50,11 +52,41 @@ class Command:
         return getattr(import_module(f"diffalign.cli.{module}"), function)(options, command)
 
 
+@dataclass(frozen=True)
+class Group:
+    """What several commands with the same first word are."""
+
+    summary: str
+    """In the list of commands."""
+    metavar: str
+    """What the second word names."""
+    epilog: str = ""
+    """Under the list of them."""
+
+
 def bench_command(row: Row) -> Command:
     """A benchmark as a command."""
     description = f"{row.summary} ({row.paper})"
     return Command(
         words=("bench", row.name), summary=row.summary, description=description, takes=bench_defaults(row), target="bench:run", heavy=True
+    )
+
+
+LEARNS_FROM = {
+    "pairs": 'FOLDER holds pairs.jsonl with lines such as {"prompt": "a red circle", "winner": "1.png", "loser": "2.png"};\n"weight", '
+    '"winner_caption" and "loser_caption" may follow.',
+    "votes": 'FOLDER holds votes.jsonl with lines such as {"prompt": "a red circle", "image": "1.png", "good": true}, or pairs.',
+    "prompts": "It makes its own images of the prompts and asks --reward what they are worth.",
+}
+
+
+def tune_command(row: objectives.Row) -> Command:
+    """An objective as a command."""
+    description = (
+        f"{row.summary[0].upper()}{row.summary[1:]}. {LEARNS_FROM[row.data]} The result is a LoRA: `diffalign generate --lora DIR`."
+    )
+    return Command(
+        words=("train", row.name), summary=row.summary, description=description, takes=tune_defaults(row), target="tune:run", heavy=True
     )
 
 
@@ -107,6 +139,41 @@ COMMANDS: tuple[Command, ...] = (
         heavy=True,
     ),
     Command(
+        words=("train", "linear-ag"),
+        summary="predict the unconditional branch from earlier predictions",
+        description="Fits LinearAG to trajectories of the pipeline with full guidance: same steps, guidance scale and negative prompt as "
+        "it will be used with.",
+        takes=TrainLinear(),
+        target="train:run_linear",
+        heavy=True,
+    ),
+    Command(
+        words=("train", "guidance-search"),
+        summary="search a guidance policy under a budget of evaluations",
+        description="Searches one option per step (unconditional, conditional, or guided at some strength) within a budget of evaluations.",
+        takes=TrainSearched(),
+        target="train:run_search",
+        heavy=True,
+    ),
+    Command(
+        words=("train", "find"),
+        summary="learn to move noise towards what a reward likes, for all prompts",
+        description="Trains a small network that moves the initial noise, for `--method amortised --policy DIR`.",
+        takes=TrainNoise(),
+        target="train_noise:run",
+        heavy=True,
+    ),
+    *(tune_command(row) for row in objectives.TABLE),
+    Command(
+        words=("pairs",),
+        summary="draw images of the shapes world and have them voted on",
+        description="Draws images of training prompts of the shapes world and has a simulated annotator vote on them. The folder is what "
+        "`diffalign train dpo --data FOLDER` and its kin learn from. A stopped run goes on where it was.",
+        takes=Pairs(),
+        target="pairs:run",
+        heavy=True,
+    ),
+    Command(
         words=("caption",),
         summary="give each image of preference pairs a caption of its own",
         description="Writes two captions for each pair of images, for `diffalign train dcpo --data FOLDER/captioned.jsonl`. Resumable.",
@@ -121,5 +188,8 @@ COMMANDS: tuple[Command, ...] = (
         target="demo:run",
     ),
 )
-GROUPS = {"bench": "measure methods on a benchmark"}
-"""First words that several commands share -> what they are for."""
+GROUPS = {
+    "bench": Group("measure methods on a benchmark", "BENCHMARK", searches_help()),
+    "train": Group("tune a pipeline, or fit cheaper guidance or a noise policy to it", "METHOD"),
+}
+"""First words that several commands share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -124,6 +125,17 @@ def lora(text: str) -> Path:
     raise argparse.ArgumentTypeError(f"must be a .safetensors file of LoRA weights, or a folder with one such file; got {text!r}")
 
 
+def setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE; the value is read as Python would (numbers, True, None, tuples), else it is text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, as in beta=500; got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +165,13 @@ def scale(text: str) -> float:
         value = math.nan
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"must be a finite number of at least 0; got {text!r}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A finite number above 0."""
+    if not (value := scale(text)):
+        raise argparse.ArgumentTypeError(f"must be greater than 0; got {text!r}")
     return value
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.methods.checks import no_gradient
@@ -17,20 +18,25 @@ _CLASSES = {row.class_name: row.module for row in METHODS}
 __all__ = ["METHODS", "Method", "build_method", "find_method", "names", *_CLASSES]
 
 
-def build_method(name: str, reward: Reward, budget: int, seconds: float | None = None) -> NoiseMethod:
+def build_method(name: str, reward: Reward, budget: int, seconds: float | None = None, policy: str | Path | None = None) -> NoiseMethod:
     """The search over noise of that name, at a budget of `budget` images of each sample, or of so many seconds instead.
 
-    Raises ValueError where there is no such search, it needs a gradient that the reward does not have, or cannot be bounded in seconds.
+    policy: the folder of what was trained for the model, of a method that uses such a thing; without one, the embedded model's.
+
+    Raises ValueError where there is no such search, it needs a gradient that the reward does not have, cannot be bounded in seconds, or
+    uses no policy.
     """
     row = find_method(name, NOISE)
     if row.needs_gradient and not reward.differentiable:
         raise ValueError(f"{no_gradient(reward)}, which {name} climbs; watch it instead, or use best-of-n")
     cls = row.load()
     make = getattr(cls, row.from_budget) if row.from_budget else cls
-    method = make(reward, budget=budget)
+    if policy is not None and not row.needs_policy:
+        raise ValueError(f"{name} uses no trained policy, got {policy}; leave it out")
+    method = make(reward, budget=budget) if policy is None else cls(policy, reward, budget=budget)
     if seconds is None:
         return method
-    if "seconds" not in {f.name for f in fields(method)}:
+    if not row.by_seconds:
         raise ValueError(f"{name} makes what its budget says in one go and cannot stop after {seconds:g} seconds; give it a budget")
     return replace(method, seconds=seconds)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import diffalign
-from diffalign.cli import build_parser, main, tune
-from diffalign.cli import config_file as config
-from diffalign.cli.tune import setting
+from diffalign.cli import main, parse, tune
+from diffalign.cli.train_commands import Loop, TrainNoise, Tune, chosen_reward
+from diffalign.cli.values import setting
+from diffalign.noise_policy import FORMS
 from diffalign.training.loop import LoopSettings
 from diffalign.training.objectives.sft import SFT
 from diffalign.training.policy import ATTENTION, Adaptation
@@ -98,7 +101,8 @@ def test_every_objective_on_data_can_be_named_in_python_and_on_the_command_line(
     data = folder_of_pairs(tmp_path / "data", 4, winner_caption="2")
     done = diffalign.train(method, pipeline=pipeline("sd15"), data=data, out=tmp_path / "out", settings=QUICK, steps=1)
     assert math.isfinite(done.trained.figures["loss"])
-    assert build_parser().parse_args(["train", method, "--data", str(data)]).objective == method
+    _, options = parse(["train", method, "--data", str(data)])
+    assert (options.objective, options.source.data) == (method, data)
 
 
 @pytest.mark.parametrize("method", REWARDED)
@@ -116,7 +120,7 @@ def test_every_objective_on_rewards_trains_by_name(method, tmp_path):
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["settings"]["rewards"] == {"red": 1.0, "green": 0.5}
     assert card["settings"]["watched"] == ["blue"]
-    assert build_parser().parse_args(["train", method, "--reward", "shapes-clip=2"]).reward == [("shapes-clip", 2.0)]
+    assert parse(["train", method, "--reward", "shapes-clip=2"])[1].source.reward == (("shapes-clip", 2.0),)
 
 
 def test_a_run_on_rewards_resumes_to_the_bit(tmp_path):
@@ -151,14 +155,30 @@ def test_a_config_says_what_the_method_knows(file):
         pytest.skip("not an objective")
     row = find_row(method)
     data = [] if row.data == "prompts" else ["--data", "x"]
-    args = build_parser().parse_args(config.expand(["train", method, "--config", str(file), *data]))
-    given = None if row.rewards == "none" else Rewards(dict.fromkeys(tune.rewards(args), red), tune.rewards(args), {})
-    objective = build_objective(row, dict(args.set or ()), given)
-    assert objective.settings() != build_objective(row, None, given).settings() or args.set is None
-    assert tune.adaptation(args, Adaptation).targets == (ATTENTION if args.full else tune.TARGETS["linear"])
-    assert args.evaluate_every
-    assert args.watch
-    assert not set(args.watch) & set(tune.rewards(args) if given else ())
+    _, options = parse(["train", method, "--config", str(file), *data])
+    weights = {} if row.rewards == "none" else chosen_reward(options.source.reward, "shapes")
+    given = Rewards(dict.fromkeys(weights, red), weights, {}) if weights else None
+    objective = build_objective(row, dict(options.set), given)
+    assert objective.settings() != build_objective(row, None, given).settings() or not options.set
+    assert tune.adaptation(options.weights).targets == (ATTENTION if options.weights.full else tune.TARGETS["linear"])
+    assert tune.settings(options).evaluate_every
+    assert options.watching.watch
+    assert not set(options.watching.watch) & set(weights)
+
+
+def test_the_command_line_has_the_defaults_of_python(tmp_path):
+    """The loop's, the adapter's and the noise policy's: the command line starts before torch is there, so it states them again."""
+    assert tune.settings(Tune()) == LoopSettings()
+    assert tune.adaptation(Tune().weights) == Adaptation()
+    python = {name: each.default for name, each in inspect.signature(diffalign.train_noise).parameters.items()}
+    for name in ("form", "width", "blocks", "patch", "clip", "pull", "pipeline", "resume", "track"):
+        assert getattr(TrainNoise(), name) == python[name], name
+    assert {name: getattr(TrainNoise().loop, name) for name in ("steps", "lr", "batch_size", "seed")} == {
+        name: python[name] for name in ("steps", "lr", "batch_size", "seed")
+    }
+    for form in FORMS:
+        assert parse(["train", "find", "--form", form])[1].form == form
+    assert {each.name for each in fields(Loop)} < {each.name for each in fields(LoopSettings)}
 
 
 def test_the_page_has_the_table_of_objectives():
