@@ -74,7 +74,8 @@ def judge_base(job: Job) -> None:
     pipeline = export.load_pipeline(folder, job.device)
     guidance, reached = evaluate.best_guidance(pipeline, base.JUDGED_STEPS, job.plan.guidance_per_task)
     drawn = _generator_figures(job, pipeline, evaluate.drawer(pipeline, steps=base.JUDGED_STEPS, guidance=guidance))
-    before = {f"minutes of {name}": round(_seconds(job, name) / 60, 1) for name in ("autoencoder", "decoder", "text")}
+    spent = {name: _seconds(job, name) for name in ("autoencoder", "decoder", "text")}
+    before = {f"minutes of {name}": round(seconds / 60, 1) for name, seconds in spent.items() if seconds}
     _write_card(
         job,
         folder,
