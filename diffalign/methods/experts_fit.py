@@ -202,8 +202,7 @@ def steps_of_ranges(experts: Experts, schedule: Schedule) -> list[list[int]]:
 
 def _fit(experts: Experts, n: int, data: Samples, prompts: Sequence[str], settings: ExpertSettings) -> None:
     """Teaches expert n in place."""
-    learning = (data.prompts % settings.held_out != 0) & data.scores.isfinite()
-    rows = learning.nonzero().flatten()
+    rows = ((data.prompts % settings.held_out != 0) & data.scores.isfinite()).nonzero().flatten()
     unit = within_prompts(data.scores[rows], data.prompts[rows]).std().clamp_min(1e-6)
     weights = experts.weights[n] = {name: tensor.detach().requires_grad_() for name, tensor in experts.weights[n].items()}
     device = next(iter(weights.values())).device
@@ -223,10 +222,9 @@ def _fit(experts: Experts, n: int, data: Samples, prompts: Sequence[str], settin
 
 
 def _scored(experts: Experts, n: int, data: Samples, rows: Tensor, prompts: Sequence[str], device: torch.device) -> Float[Tensor, " k"]:
-    texts = [prompts[int(data.prompts[row])] for row in rows]
     images = data.predicted[rows, n].to(device).float() / 255
     with experts.in_force(n):
-        return experts.reward(images, texts).total.float()
+        return experts.reward(images, [prompts[int(data.prompts[row])] for row in rows]).total.float()
 
 
 @torch.no_grad()
