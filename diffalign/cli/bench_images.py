@@ -125,7 +125,8 @@ def maker(
             costs = meter.costs(len(batch))
         else:
             traces = [output.trace.sample(i) for i in range(len(batch))]
-            costs = meter.costs(len(batch), [len(trace["rewards"]["total"]) for trace in traces])
+            backward = [cost.backward_passes for cost in output.cost] if output.cost else None
+            costs = meter.costs(len(batch), [len(trace["rewards"]["total"]) for trace in traces], backward)
             for item, trace, image in zip(batch, traces, output.initial_images, strict=True):
                 without = read_pixels(item.image_path(options.run.out / "none")).astype(int)
                 start = np.asarray(Image.open(io.BytesIO(encoded(item, image))).convert("RGB"))  # with a JPEG's losses, where it is one

@@ -23,10 +23,16 @@ def markdown() -> str:
     return "\n".join([HEAD, *(_section(list(rows), found) for found, rows in alike)])
 
 
+def heading(rows: list[Command]) -> str:
+    """`diffalign score`; `diffalign train` `dpo`, `inpo`."""
+    if len(rows[0].words) == 1:
+        return ", ".join(f"`diffalign {row.words[0]}`" for row in rows)
+    return f"`diffalign {rows[0].words[0]}` {', '.join(f'`{row.words[1]}`' for row in rows)}"
+
+
 def _section(rows: list[Command], found: list[Found]) -> str:
     """Of neighbours in the table that take the same options."""
-    names = [f"`diffalign {' '.join(row.words)}`" for row in rows]
-    lines = [f"## {', '.join(names)}", ""]
+    lines = [f"## {heading(rows)}", ""]
     what = [f"{row.summary[0].upper()}{row.summary[1:]}." for row in rows]
     lines += [*(what if len(rows) == 1 else [f"- `{row.words[-1]}`: {each}" for row, each in zip(rows, what, strict=True)]), ""]
     if found:

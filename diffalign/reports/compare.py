@@ -16,10 +16,9 @@ from diffalign.files import read_json, read_rows, whole_file
 from diffalign.reports.curves import Point, equal_pairs, plot
 from diffalign.reports.statistics import discordance, holm, overall_estimate, paired_difference, paired_task_differences
 from diffalign.reports.summary import (
-    COSTS,
     P_VALUES,
     columns,
-    cost_cells,
+    cost_table,
     estimates,
     few_prompts,
     interval,
@@ -175,8 +174,9 @@ def _pair_table(found: Record) -> str:
 
 
 def _points_table(points: Sequence[Record]) -> str:
-    lines = [[f"{_letter(i)}: {point['line']}", interval(point["score"]), *cost_cells(point["cost"])] for i, point in enumerate(points)]
-    return table(["run", "overall", *COSTS.values()], lines)
+    heads, cells = cost_table([point["cost"] for point in points])
+    lines = [[f"{_letter(i)}: {point['line']}", interval(point["score"]), *cells[i]] for i, point in enumerate(points)]
+    return table(["run", "overall", *heads], lines)
 
 
 def _differences_table(found: Record) -> str:

@@ -140,7 +140,13 @@ def strata(tasks: Sequence[str], pooled: bool) -> list[str]:
     return ["all"] * len(tasks) if pooled else list(tasks)
 
 
-COSTS = {"seconds": "s/image", "nfe": "evaluations of the network", "reward_calls": "reward calls", "peak_memory_mb": "peak memory (GB)"}
+COSTS = {
+    "seconds": "s/image",
+    "nfe": "evaluations of the network",
+    "backward_passes": "backward passes",
+    "reward_calls": "reward calls",
+    "peak_memory_mb": "peak memory (GB)",
+}
 
 
 def mean_cost(traces: Sequence[Record]) -> dict[str, float | None]:
@@ -185,7 +191,8 @@ def markdown(summary: Record) -> str:
         parts += [f"## {extra['title']}", table(extra["head"], extra["rows"]), extra["note"]]
     costs = {name: m.get("cost", {}) for name, m in summary["methods"].items()}
     if any(value is not None for cost in costs.values() for value in cost.values()):
-        parts += ["## Cost per image", table(["method", *COSTS.values()], [[name, *cost_cells(cost)] for name, cost in costs.items()])]
+        heads, cells = cost_table(list(costs.values()))
+        parts += ["## Cost per image", table(["method", *heads], [[name, *row] for name, row in zip(costs, cells, strict=True)])]
     first = next(iter(summary["methods"].values()))["overall"]
     few = {"TOO FEW PROMPTS": summary["few_prompts"]} if summary.get("few_prompts") else {}
     facts = {**few, "prompts": first["prompts"], "images per method": first["images"], **summary.get("facts", {})}
@@ -207,9 +214,14 @@ def _measure_tables(summary: Record, title: str) -> list[str]:
     return parts
 
 
-def cost_cells(cost: Mapping[str, float | None]) -> list[str]:
-    """The cells below COSTS; memory in 2**30 bytes."""
-    return ["" if (v := cost.get(n)) is None else f"{v / 1024:.2f}" if n == "peak_memory_mb" else f"{v:.4g}" for n in COSTS]
+def cost_table(costs: Sequence[Mapping[str, float | None]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and a row of cells for each cost; memory in 2**30 bytes. No column for backward passes where none was made."""
+    names = [name for name in COSTS if name != "backward_passes" or any(cost.get(name) for cost in costs)]
+
+    def cell(name: str, value: float | None) -> str:
+        return "" if value is None else f"{value / 1024:.2f}" if name == "peak_memory_mb" else f"{value:.4g}"
+
+    return [COSTS[name] for name in names], [[cell(name, cost.get(name)) for name in names] for cost in costs]
 
 
 def _number(value: float | None, digits: int = 4) -> str:
