@@ -66,15 +66,16 @@ class Sums:
 class Products:
     """Products of c_0 .. c_T-1, d_0 .. d_T-1 with one another, summed over samples and entries, in float64."""
 
-    matrix: Float[Tensor, "2t 2t"]
+    matrix: Float[Tensor, "k k"]
+    """k = 2 T."""
     entries: int = 0
 
     @classmethod
     def zeros(cls, steps: int) -> Products:
         return cls(torch.zeros(2 * steps, 2 * steps, dtype=torch.float64))
 
-    def add(self, trajectory: Float[Tensor, "2t n"]) -> None:
-        """One sample's."""
+    def add(self, trajectory: Float[Tensor, "k n"]) -> None:
+        """One sample's, k = 2 T."""
         rows = trajectory.cpu().double()
         self.matrix, self.entries = self.matrix + rows @ rows.T, self.entries + rows.shape[1]
 

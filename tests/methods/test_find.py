@@ -16,7 +16,7 @@ D = 256
 
 
 class Linear:
-    """r = <image, w> with unit w, and the image is the noise: rewards of N(0, I) are N(0, 1)."""
+    """r = <image, w> with unit w, and the image shows the noise: rewards of N(0, I) are N(0, 1)."""
 
     differentiable = False
 
@@ -31,11 +31,16 @@ class Linear:
     def __call__(self, images, prompts) -> RewardScores:
         assert not images.requires_grad
         self.scored += len(images)
-        total = images.flatten(1) @ self.w
+        total = images[:, 0, 0] @ self.w
         return RewardScores(total, {"linear": total})
 
 
-def problem(*seeds: int, generate=lambda noise, rows: noise) -> NoiseProblem:
+def show(noise, rows):
+    """Noise "k d" as an image "k 3 1 d"."""
+    return noise[:, None, None, :].expand(-1, 3, 1, -1)
+
+
+def problem(*seeds: int, generate=show) -> NoiseProblem:
     return NoiseProblem(seeded_noise((D,), seeds, 0), ["p"] * len(seeds), list(seeds), generate)
 
 
@@ -176,7 +181,7 @@ def test_samples_are_their_own(monkeypatch):
 def test_the_best_image_is_returned_and_the_first_is_the_given_noise():
     given = problem(3, 4)
     out = FIND(Linear(), budget=20).search(given)
-    assert torch.equal(out.initial_images, given.noise)
+    assert torch.equal(out.initial_images[:, 0, 0], given.noise)
     for i in range(2):
         totals = out.trace.rewards["total"][i]
         assert len(totals) == 20

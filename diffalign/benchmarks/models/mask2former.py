@@ -110,7 +110,7 @@ def _weights(fraction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def instances(
-    class_logits: Float[Tensor, "q c+1"],
+    class_logits: Float[Tensor, "q c"],
     mask_logits: Float[Tensor, "q hm wm"],
     padded_size: Size,
     resized_size: Size,
