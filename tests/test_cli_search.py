@@ -78,11 +78,13 @@ def test_a_policy_is_for_the_methods_that_use_one(brightness, tmp_path):
 
 def test_a_run_in_seconds_says_so_and_other_seconds_are_refused(tiny_folder, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["generate", "a red circle", "--pipeline", str(tiny_folder), "--steps", "1", "--guidance-scale", "0", "--device", "cpu",
-               "--reward", "brightness=1", "--method", "best-of-n", "--out", str(out)]  # fmt: skip
+    command = ["generate", "a red circle", "a blue square", "--batch-size", "2", "--pipeline", str(tiny_folder), "--steps",
+               "1", "--guidance-scale", "0", "--device", "cpu", "--reward", "brightness=1", "--method", "best-of-n",
+               "--out", str(out)]  # fmt: skip
     assert main([*command, "--seconds", "0.000001"]) == 0
     trace = json.loads((out / "00000-a-red-circle" / "trace.json").read_text())
     assert (trace["settings"]["budget"], trace["settings"]["seconds"]) == (None, 1e-6)
+    assert trace["method_settings"]["seconds"] == 2e-6  # of the batch of two
     assert len(trace["rewards"]["total"]) < 50  # the time was up after the first batch of candidates
     assert main([*command, "--seconds", "2"]) == 1
     assert "seconds" in capsys.readouterr().err
@@ -119,6 +121,7 @@ def test_a_policy_from_training_to_use(tmp_path, capsys):
     assert main(use) == 0, capsys.readouterr().err
     trace = json.loads((out / "00000-a-red-circle" / "trace.json").read_text())
     assert trace["settings"]["policy"].startswith("noise_policy.safetensors ")
+    assert trace["method_settings"]["folder"] == str(folder)
     assert len(trace["rewards"]["total"]) == 2
     flat = [*train[:4], "--reward", "jpeg-incompressibility"]
     assert main(flat) == 1
