@@ -47,10 +47,11 @@ def test_a_batch_is_its_samples_alone_in_any_order(world):
     for i, seed in enumerate([3, 1, 4]):
         alone = search.search(problem([seed]))
         for other, j in ((alone, 0), (turned, [4, 3, 1].index(seed))):
-            torch.testing.assert_close(together.images[i], other.images[j], atol=1e-5, rtol=1e-5)
+            # FIND's Adam divides by the size of the gradient: where that is near 0, rounding counts
+            torch.testing.assert_close(together.images[i], other.images[j], atol=1e-3, rtol=0)
             assert together.trace.best[i] == other.trace.best[j]
-            assert together.trace.rewards["total"][i] == pytest.approx(other.trace.rewards["total"][j], abs=2e-5, rel=2e-5)
-    assert not torch.allclose(together.images[0], together.images[1], atol=1e-3)
+            assert together.trace.rewards["total"][i] == pytest.approx(other.trace.rewards["total"][j], abs=1e-3)
+    assert not torch.allclose(together.images[0], together.images[1], atol=1e-2)
 
 
 def test_two_runs_are_equal_to_the_bit_and_leave_their_input_alone(world):
