@@ -15,7 +15,6 @@ import torch
         ("diffalign.training.data:covering", (torch.zeros(4, 2, 2), None), "image"),
         ("diffalign.shapes.measures:vendi_score", (torch.zeros(2, 3, 4),), "features"),
         ("diffalign.methods.particles:systematic", (torch.zeros(2, 2), 0, 0), "logs"),
-        ("diffalign.app.pictures:data_url", (torch.zeros(1, 2, 2),), "image"),
     ],
 )
 def test_a_wrong_shape_is_found(where, arguments, name):
