@@ -56,9 +56,9 @@ def imported() -> dict[str, set[str]]:
 
 
 def test_everything_imported_is_declared():
-    """The app may use its extra; everything else only the core, and `track`, `bench` and `xformers` inside functions."""
+    """The app may use its extra; everything else only the core, and some other extras inside functions."""
     core, extras = required(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
-    app, inside = required(extras["app"]), required(extras["track"]) | required(extras["bench"]) | required(extras["xformers"])
+    app, inside = required(extras["app"]), set().union(*(required(extras[name]) for name in ("track", "bench", "xformers", "measures")))
     for distribution, files in imported().items():
         allowed = core | (app if all(file.startswith("diffalign/app/") for file in files) else inside)
         assert distribution in allowed, f"{distribution}, imported by {', '.join(sorted(files))}"

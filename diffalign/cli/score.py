@@ -166,7 +166,8 @@ def audited(options: Score, out: Path, rows: Sequence[Record], names: Sequence[s
     chosen = [row for row in rows if set(names) <= set(row["scores"])][: audits.MOST_IMAGES]
     pictures, prompts = [Image.open(options.folder / row["file"]) for row in chosen], [row["prompt"] or "" for row in chosen]
     found = {
-        name: audit(mix.members[name][0], pictures, prompts, audits.paraphrase, batch=options.batch_size, device=device) for name in names
+        name: audit(mix.members[name][0], pictures, prompts, paraphrase=audits.paraphrase, batch=options.batch_size, device=device)
+        for name in names
     }
     return audits.write(out, found, len(chosen))
 

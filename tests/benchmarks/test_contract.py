@@ -68,7 +68,7 @@ def test_the_row_says_what_it_is(row):
     assert row.summary
     assert row.samples >= 1
     assert Benchmark in row.load().__mro__
-    assert f"## `diffalign bench {row.name}`" in (ROOT / "docs" / "options.md").read_text()
+    assert f"## `diffalign bench` `{row.name}`" in (ROOT / "docs" / "options.md").read_text()
 
 
 @rows
