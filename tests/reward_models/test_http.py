@@ -93,7 +93,8 @@ def levels(*shape) -> torch.Tensor:
 def test_scores_are_the_servers_own(load, server):
     images = levels(3, 3, 20, 31)
     prompts = ["a red circle", 'Ünïcode 🙂 "quoted"', ""]
-    torch.testing.assert_close(load("http")(images, prompts), load("shapes-clip")(images, prompts), atol=1e-5, rtol=1e-6)
+    # The server has weights of its own; memory that is aligned differently is summed in another order.
+    torch.testing.assert_close(load("http")(images, prompts), load("shapes-clip")(images, prompts), atol=1e-5, rtol=1e-5)
 
 
 def test_many_images_in_order_a_few_requests_at_once():
