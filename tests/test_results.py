@@ -19,7 +19,7 @@ def tables(text: str) -> list[str]:
 def test_every_table_is_made_from_its_file():
     names = ("shapes_reward_50", "shapes_turbo_50", "shapes_curve")
     seeing, full, curve = (json.loads((DOCS / "results" / f"{name}.json").read_text()) for name in names)
-    made = [tables(markdown(seeing))[0], tables(markdown(full))[0], *tables(compared(curve))]
+    made = [*tables(markdown(seeing))[:2], tables(markdown(full))[0], *tables(compared(curve))]
     assert tables((DOCS / "results.md").read_text()) == made
 
 
