@@ -31,13 +31,12 @@ LARGEST_OVERLAP = 0.5
 
 
 @dataclass
-class Owlv2:
-    """model: Owlv2ForObjectDetection; processor: its Owlv2Processor. Objects scoring above `threshold` are returned."""
+class OpenVocabulary:
+    """What both detectors are made of, and how they are called."""
 
     model: Any
     processor: Any
     version: str
-    threshold: float = 0.2
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -46,6 +45,16 @@ class Owlv2:
     def __call__(self, images: Sequence[Pixels], words: Sequence[Sequence[str]]) -> list[list[Labelled]]:
         """The objects of each image that its words name, best first, in the frame of the rules."""
         return [self._find(image, list(wanted)) for image, wanted in zip(images, words, strict=True)]
+
+    def _find(self, image: Pixels, words: list[str]) -> list[Labelled]:
+        raise NotImplementedError
+
+
+@dataclass
+class Owlv2(OpenVocabulary):
+    """model: Owlv2ForObjectDetection; processor: its Owlv2Processor. Objects scoring above `threshold` are returned."""
+
+    threshold: float = 0.2
 
     def _find(self, image: Pixels, words: list[str]) -> list[Labelled]:
         if not words:
@@ -58,21 +67,10 @@ class Owlv2:
 
 
 @dataclass
-class GroundingDino:
+class GroundingDino(OpenVocabulary):
     """model: GroundingDinoForObjectDetection; processor: its GroundingDinoProcessor. Objects scoring above `threshold` are returned."""
 
-    model: Any
-    processor: Any
-    version: str
     threshold: float = 0.3
-
-    def __post_init__(self) -> None:
-        self.model.eval()
-
-    @torch.no_grad()
-    def __call__(self, images: Sequence[Pixels], words: Sequence[Sequence[str]]) -> list[list[Labelled]]:
-        """The objects of each image that its words name, best first, in the frame of the rules."""
-        return [self._find(image, list(wanted)) for image, wanted in zip(images, words, strict=True)]
 
     def _find(self, image: Pixels, words: list[str]) -> list[Labelled]:
         if not words:

@@ -72,8 +72,8 @@ def caption_choice(generator: torch.Generator, count: int) -> Tensor:
 def caption_weights(captions: list[list[str]]) -> Float[Tensor, "n k"]:
     """How likely each caption of each scene is drawn for a step, not normalised.
 
-    The last caption of a scene is the long one: one draw in ten. Relations are the hardest thing to learn, and chance names one in
-    every fifth caption only.
+    The last caption of a scene is the long one, drawn a third as often as a short one. Relations are the hardest thing to learn,
+    and chance names one in every fifth caption only.
     """
     weights = torch.tensor([[RELATION_WEIGHT if any(r in c for r in RELATIONS) else 1.0 for c in group] for group in captions])
     weights[:, -1] = 1 / 3

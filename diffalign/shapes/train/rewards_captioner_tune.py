@@ -246,12 +246,10 @@ def train_first_round(
 
     run: holds the images (reward_images/) and one training state a round.
     """
-    images = _images_of_base(run, base, config, settings)
-    state = run / "reward_round0.safetensors"
-    if state.is_file() and loop.progress(state)[0] >= settings.first_steps:
-        sources: list[tuple[float, Ballots]] = []
-    else:
-        sources = [(1.0, ballots(images, tokenizer, config.seed, settings.mixed))]
+
+    def sources() -> list[tuple[float, Ballots]]:
+        return [(1.0, ballots(_images_of_base(run, base, config, settings), tokenizer, config.seed, settings.mixed))]
+
     torch.manual_seed(config.seed)
     head = nn.Linear(model.config.width, KINDS + HUES).to(device)
     settled = dataclasses.replace(config, steps=settings.first_steps)
@@ -295,7 +293,7 @@ def train_rounds(
         current = [(share * plain_share, b) for share, b in sources]
         current.append((settings.climbs, ballots(made.joined(climbed), tokenizer, config.seed + 1, settings.mixed)))
         settled = dataclasses.replace(config, seed=config.seed + k)
-        _train_round(run, k, model, head, tokenizer, current, turbo, settled, settings, device)
+        _train_round(run, k, model, head, tokenizer, lambda current=current: current, turbo, settled, settings, device)
     return model.eval()
 
 
@@ -311,18 +309,21 @@ def _train_round(
     model: Captioner,
     head: nn.Linear,
     tokenizer: CLIPTokenizer,
-    sources: list[tuple[float, Ballots]],
+    sources: Callable[[], list[tuple[float, Ballots]]],
     pipeline: StableDiffusionPipeline,
     config: loop.LoopConfig,
     settings: TuneConfig,
     device: str,
 ) -> None:
-    """One round: trained, resumed, or read where it was finished; then the averaged weights are in the model and the head."""
+    """One round: trained, resumed, or read where it was finished; then the averaged weights are in the model and the head.
+
+    sources: what it learns from; not asked for where the round is finished.
+    """
     model.requires_grad_(True)
     trainee = loop.Trainee({"captioner": model, "regions": head}, config, run / f"reward_round{k}.safetensors")
     if trainee.step < config.steps:
         pool = captions.draw_pool(settings.scenes, config.seed, tokenizer)
         pool.images[::2] = autoencoded(pool.images[::2], pipeline.vae, config.seed)
-        loss_of = tuning_loss(model, sources, pool, tokenizer, settings, device, shift=settings.shift, head=head)
+        loss_of = tuning_loss(model, sources(), pool, tokenizer, settings, device, shift=settings.shift, head=head)
         loop.train(trainee, loss_of, f"shapes-reward, round {k}")
     trainee.use_average()
