@@ -10,11 +10,8 @@ import torch
 from diffalign.sampling import rollout
 from diffalign.training.chain import SeededDDIM
 from diffalign.training.climbing import Climb
-from diffalign.training.contract import PromptBatch
 from diffalign.training.objectives.draft import AlignProp, DRaFT, ReFL, Sampling
-from tests.families.tiny import ROWS
 from tests.training.chained import (
-    Weights,
     generator,
     gradients_of,
     loss_of,
@@ -203,18 +200,6 @@ def test_it_moves_towards_the_reward(name, prediction):
 
 
 # ---- networks ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=["sd15", "sd3-medium"])
-def pipelines(request):
-    """A policy that learns and its reference, and a batch of two prompts."""
-    row = ROWS[request.param]
-    policy, reference = (row.pipeline(row.aligned_class()) for _ in range(2))
-    for pipe in (policy, reference):
-        pipe.vae.requires_grad_(False)
-        getattr(pipe, pipe.denoiser).requires_grad_(pipe is policy)
-    batch = PromptBatch(policy.encode(["a red circle", "two blue cups"], size=policy.size_of(row.call)), (4, 9))
-    return Weights(policy), Weights(reference), batch
 
 
 @EACH

@@ -27,18 +27,6 @@ ALONE = {"guidance_reward": 0.0, "anchor": 0.0}
 # ---- networks ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["sd15", "sd3-medium"])
-def pipelines(request):
-    """A policy that learns and its reference, and a batch of two prompts."""
-    row = ROWS[request.param]
-    policy, reference = (row.pipeline(row.aligned_class()) for _ in range(2))
-    for pipe in (policy, reference):
-        pipe.vae.requires_grad_(False)
-        getattr(pipe, pipe.denoiser).requires_grad_(pipe is policy)
-    batch = PromptBatch(policy.encode(["a red circle", "two blue cups"], size=policy.size_of(row.call)), (4, 9))
-    return Weights(policy), Weights(reference), batch
-
-
 @BOTH
 def test_networks_get_a_finite_gradient_in_every_tensor(kind, pipelines):
     policy, reference, batch = pipelines
